@@ -376,3 +376,23 @@ class ViTClassifier(Encoder):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, classes)."""
         return self.head(self.features(images))
+
+
+# ------------------------------------------------------------------------------ from a checkpoint
+
+
+MODEL_SIZES = ("patch_size", "dim", "depth", "heads")
+DECODER_SIZES = ("decoder_dim", "decoder_depth", "decoder_heads")
+
+
+def build_model(kind: str, settings: dict) -> nn.Module:
+    """A fresh MAEViT ("pretrain") or ViTClassifier ("classifier") of the sizes in `settings`.
+
+    Raises ValueError where they do not fit together.
+    """
+    sizes = {name: settings[name] for name in MODEL_SIZES}
+    if kind == "classifier":
+        return ViTClassifier(Encoder(**sizes), settings["num_classes"], settings["pool"])
+    decoder = {name: settings[name] for name in DECODER_SIZES}
+    return MAEViT(**sizes, **decoder, mask_ratio=settings["mask_ratio"],
+                  norm_pix_loss=settings["norm_pix_loss"])

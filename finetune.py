@@ -1,0 +1,275 @@
+"""Use the encoder: `python finetune.py --init runs/pretrain-cifar10-laptop`.
+
+What goes in: labelled images and, with --init, an encoder from pretrain.py. What comes out: a
+classifier's run folder (config.json, log.csv, checkpoint.pt, weights.pt, curves.png).
+
+    --init RUN                  fine-tuning: all weights go on learning (MAE, appendix A.1)
+    --init RUN --mode linear    linear probe: the encoder is frozen, only the head learns (A.1)
+    (neither)                   the same network and recipe from scratch, to compare with
+    --evaluate RUN              no training: the test accuracy of a saved classifier
+
+The saved classifier's weights load into timm's VisionTransformer. `main` at the bottom is the
+story; settings, machine, optimisation and run folder come from pretrain.py.
+"""
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import data
+import mae
+import pretrain as shared
+import visualize
+from data import BadInput
+from pretrain import MODELS, Machine
+
+# ------------------------------------------------------------------------------ settings
+
+RECIPES = {
+    "full": dict(
+        MODELS["full"], pool="cls", epochs=100, warmup_epochs=5, batch_size=128, base_lr=1e-3,
+        weight_decay=0.05, augment="none"),
+    "laptop": dict(
+        MODELS["laptop"], pool="mean", epochs=6, warmup_epochs=0.5, batch_size=128, base_lr=2e-3,
+        weight_decay=0.05, augment="crop"),
+}
+LINEAR = dict(epochs=50, warmup_epochs=5, batch_size=512, base_lr=1e-3, weight_decay=0.0,
+              augment="none")       # with --mode linear, over those of the recipe
+
+
+def make_parser() -> shared.Parser:
+    linear = ", ".join(f"{name} {value}" for name, value in LINEAR.items())
+    parser = shared.Parser(
+        description="Fine-tune a pre-trained encoder, probe it, or train from scratch. Defaults "
+        "in parentheses, where they depend on the recipe with its name.",
+        epilog=f"With --mode linear, whatever the recipe: {linear}.", allow_abbrev=False)
+    shared.add_common_flags(parser, RECIPES)
+    shared.add_flag(parser, RECIPES, "--pool", "what the head reads: the class token, or the mean "
+                    "over the patches", choices=["cls", "mean"])
+    parser.add_argument("--init", help="checkpoint or run folder of pretrain.py; its encoder is "
+                        "the start (none: from scratch)", metavar="CHECKPOINT")
+    parser.add_argument("--mode", help="finetune: all weights learn; linear: only the head "
+                        "(finetune)", choices=["finetune", "linear"])
+    parser.add_argument("--labels-per-class", help="train on N random images of each class (all)",
+                        type=shared.number(int, 1), metavar="N")
+    parser.add_argument("--evaluate", help="print the test accuracy of a classifier and train "
+                        "nothing", metavar="CHECKPOINT")
+    return parser
+
+
+def resolve_settings(given: dict, machine: Machine) -> tuple[argparse.Namespace, dict | None]:
+    """The settings, and the checkpoint of --init. Raises BadInput."""
+    mode, checkpoint = given.get("mode", "finetune"), None
+    recipes = {name: {**recipe, **LINEAR} if mode == "linear" else recipe
+               for name, recipe in RECIPES.items()}
+    extra = dict(mode=mode, init=None, labels_per_class=None)
+    recipes = {name: {**extra, **recipe} for name, recipe in recipes.items()}
+    if "init" in given:
+        checkpoint = data.load_checkpoint(given["init"], "pretrain")
+        sizes = {name: checkpoint["settings"][name] for name in mae.MODEL_SIZES}
+        for name, size in sizes.items():
+            if given.get(name, size) != size:
+                raise BadInput(f"--{name.replace('_', '-')} {given[name]} contradicts "
+                               f"{given['init']}, whose encoder has {size}: leave the flag out")
+        recipes = {name: {**recipe, **sizes} for name, recipe in recipes.items()}
+    settings = shared.resolve_settings(given, recipes, machine)
+    if mode == "linear" and checkpoint is None:
+        raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
+    if mode == "linear" and settings.augment != "none":
+        raise BadInput(f"--augment {settings.augment}: a linear probe computes each image's "
+                       "features once; leave the flag out")
+    return settings, checkpoint
+
+
+# ------------------------------------------------------------------------------ training
+
+
+def classify(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Images uint8 (B, 3, H, W) or features (B, D), labels (B,) -> the loss, and what to log: the
+    loss and the accuracy in percent."""
+    logits = model(data.scale(inputs) if inputs.dtype == torch.uint8 else inputs)
+    loss = F.cross_entropy(logits, labels)
+    accuracy = 100 * (logits.argmax(dim=1) == labels).float().mean()
+    return loss, torch.stack([loss, accuracy])
+
+
+def epoch_batches(inputs: Tensor, labels: Tensor, settings: argparse.Namespace, epoch: int):
+    """The global batches of an epoch: inputs (B, ...), labels (B,)."""
+    generator = data.seeded_generator(inputs.device, settings.seed, epoch)
+    for ids in data.epoch_order(len(inputs), settings.batch_size, generator):
+        yield data.augment(inputs[ids], settings.augment, generator), labels[ids]
+
+
+@torch.no_grad()
+def test(model: nn.Module, inputs: Tensor, labels: Tensor, machine: Machine) -> list[float]:
+    """Mean loss and accuracy in percent over a whole set: inputs (n, ...), labels (n,)."""
+    model.eval()
+    total = torch.zeros(2, device=inputs.device)
+    with machine.eager(), machine.autocast():
+        for part in zip(machine.part(inputs).split(250), machine.part(labels).split(250)):
+            total += classify(model, *part)[1] * len(part[0])
+    return (machine.sum(total) / len(inputs)).tolist()
+
+
+# ------------------------------------------------------------------------------ linear probe
+
+
+@torch.no_grad()
+def compute_features(model: mae.ViTClassifier, images: Tensor, machine: Machine) -> Tensor:
+    """What the frozen encoder makes of each image, once: uint8 (n, 3, H, W) -> (n, D)."""
+    model.eval()
+    with machine.autocast():
+        return torch.cat([model.features(data.scale(part)).float() for part in images.split(250)])
+
+
+def make_probe(model: mae.ViTClassifier) -> nn.Sequential:
+    """Batch normalisation without affine parameters, then a linear layer (MAE, appendix A.1)."""
+    head = nn.Linear(model.dim, model.head.out_features)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return nn.Sequential(nn.BatchNorm1d(model.dim, affine=False, eps=1e-6), head)
+
+
+@torch.no_grad()
+def fold_probe(probe: nn.Sequential, head: nn.Linear) -> None:
+    """Write normalisation and linear layer of the probe into the classifier's one linear layer:
+    W (x - m) / s + b = (W / s) x + (b - (W / s) m)."""
+    normalize, linear = probe
+    weight = linear.weight / (normalize.running_var + normalize.eps).sqrt()
+    head.weight.copy_(weight)
+    head.bias.copy_(linear.bias - weight @ normalize.running_mean)
+
+
+# ------------------------------------------------------------------------------ the program
+
+
+def main(argv: list[str] | None = None) -> None:
+    given = shared.parse_flags(make_parser(), argv)
+    checkpoint = init = None
+    if given.get("resume"):
+        checkpoint = shared.load_run(given["out"], "classifier")
+        settings = shared.resumed_settings(checkpoint, given)
+        given["precision"] = settings.precision
+    with shared.on_machine(given) as machine:
+        if "evaluate" in given:
+            return evaluate(given, machine)
+        if not checkpoint:
+            settings, init = resolve_settings(given, machine)
+        finetune(settings, checkpoint, init, given, machine)
+
+
+def evaluate(given: dict, machine: Machine) -> None:
+    """Print the test accuracy of a saved classifier. Raises BadInput."""
+    checkpoint = data.load_checkpoint(given["evaluate"], "classifier")
+    settings = argparse.Namespace(**{**checkpoint["settings"], "limit": None})
+    settings.dataset = given.get("dataset", settings.dataset)
+    settings.data_dir = given.get("data_dir", "data")
+    model = shared.build("classifier", settings)
+    shared.load_weights(model, checkpoint["model"], given["evaluate"])
+    dataset = shared.load_data(settings, machine)
+    if len(dataset.classes) != settings.num_classes:
+        raise BadInput(f"{given['evaluate']} tells {settings.num_classes} classes apart, "
+                       f"{dataset.name} has {len(dataset.classes)}: name its data set with --dataset")
+    model.to(machine.device)
+    loss, accuracy = test(model, dataset.test_images, dataset.test_labels, machine)
+    if machine.main:
+        print(f"{dataset.name}, {len(dataset.test_images):,} test images: loss {loss:.4f}\n"
+              f"test accuracy {accuracy:.2f} %")
+
+
+def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict | None, given: dict,
+             machine: Machine) -> None:
+    dataset = shared.load_data(settings, machine)
+    if settings.labels_per_class:
+        dataset = dataset.balanced(settings.labels_per_class, settings.seed)
+    settings.num_classes = len(dataset.classes)
+    classifier = shared.build("classifier", settings)
+    tokens_width = (1 + classifier.num_patches) * settings.dim * settings.depth
+    micro = shared.fit_micro_batch(settings, machine, tokens_width)
+    kind = settings.mode if settings.init or settings.mode == "linear" else "scratch"
+    labels = f"-{settings.labels_per_class}-labels" if settings.labels_per_class else ""
+    out = given.get("out") or Path("runs") / f"{kind}-{dataset.name}-{settings.recipe}{labels}"
+    benchmark = given.get("benchmark", False)
+    if machine.main and not checkpoint and not benchmark:
+        shared.check_free(out, "finetune.py")
+    if init:
+        encoder = {name.removeprefix("encoder."): value for name, value in init["model"].items()
+                   if name.startswith("encoder.")}
+        head = {f"head.{name}": value for name, value in classifier.head.state_dict().items()}
+        shared.load_weights(classifier, {**encoder, **head}, settings.init)
+    if checkpoint:
+        shared.load_weights(classifier, checkpoint["model"], out)
+
+    plain, train_inputs, test_inputs = classifier, dataset.train_images, dataset.test_images
+    if settings.mode == "linear":
+        classifier.to(machine.device)
+        plain, micro = make_probe(classifier), settings.batch_size // machine.processes
+        train_inputs = compute_features(classifier, dataset.train_images, machine)
+        test_inputs = compute_features(classifier, dataset.test_images, machine)
+        if checkpoint:
+            shared.load_weights(plain, checkpoint["probe"], out)
+    model = shared.prepare_model(plain, machine)
+    optimizer = shared.make_optimizer(plain, settings.weight_decay, betas=(0.9, 0.999))
+    log = []
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        log = checkpoint["log"]
+
+    def batches(epoch: int):
+        return epoch_batches(train_inputs, dataset.train_labels, settings, epoch)
+
+    def save() -> None:
+        more = {}
+        if settings.mode == "linear":
+            fold_probe(plain, classifier.head)
+            more = {"probe": plain.state_dict()}
+        shared.save_epoch(out, "classifier", settings, classifier, optimizer, log, **more)
+
+    steps = max(1, len(train_inputs) // settings.batch_size)
+    images = steps * settings.batch_size
+    if machine.main:
+        shared.describe_run(settings, machine, dataset, steps, micro, classifier,
+                            None if benchmark else out)
+        print(f"start      {settings.init or 'from scratch'}, mode {settings.mode}", flush=True)
+    if benchmark:
+        return shared.run_benchmark(model, classify, batches, optimizer, micro, settings, machine)
+    pace = shared.seconds_per_image(model, classify, batches(0), micro, machine)
+    if machine.main:
+        print(f"expected   {shared.expected(pace * images * (settings.epochs - len(log)))}",
+              flush=True)
+        if checkpoint:
+            shared.tidy_run(out, len(log), log)
+        else:
+            save()
+        shared.write_config(out, settings, machine, micro, dataset)
+
+    with shared.saying_how_to_go_on(out, "finetune.py"):
+        for epoch in range(len(log) + 1, settings.epochs + 1):
+            started = time.monotonic()
+            train_loss, train_accuracy = shared.train_epoch(
+                model, classify, batches(epoch), steps, optimizer, epoch, micro, settings, machine)
+            trained = time.monotonic()
+            test_loss, test_accuracy = test(plain, test_inputs, dataset.test_labels, machine)
+            values = {"train_loss": train_loss, "train_accuracy": train_accuracy,
+                      "test_loss": test_loss, "test_accuracy": test_accuracy}
+            log.append(shared.log_row(epoch, values, shared.learning_rate(settings, epoch), started,
+                                      trained, images, machine))
+            if not machine.main:
+                continue
+            save()
+            print(f"epoch {epoch}/{settings.epochs}  train {train_loss:.4f} "
+                  f"{train_accuracy:.2f} %  test {test_loss:.4f} {test_accuracy:.2f} %  "
+                  f"{log[-1]['images_per_second']:,.0f} images/s  "
+                  f"{shared.time_left(log, settings.epochs)} left", flush=True)
+        if machine.main:
+            shared.save_weights(out, "classifier", settings, classifier.state_dict(), log)
+            visualize.save_png(visualize.draw_curves({out.name: log}), out / "curves.png")
+            print(f"done: {out}, test accuracy {log[-1]['test_accuracy']:.2f} %", flush=True)
+
+
+if __name__ == "__main__":
+    with data.exit_on_bad_input():
+        main()

@@ -1,0 +1,772 @@
+"""Pre-train a masked autoencoder: `python pretrain.py`.
+
+What goes in: unlabelled images. What comes out: a run folder with the settings (config.json), a
+row an epoch (log.csv), the weights (checkpoint.pt; at the end also weights.pt, in half precision),
+reconstructions of the same test images as training goes on, and the curves.
+
+Read from the bottom: `main` is the story. Above it, in the order that it uses them:
+
+    settings      flags, recipes, what they resolve to
+    machine       processes, device, precision, compilation, memory
+    optimisation  MAE, appendix A.1 and A.2: AdamW, linear warm-up, half-cycle cosine
+    run folder    start, go on, save an epoch
+
+`finetune.py` uses the same pieces. Several processes: `torchrun --nproc-per-node 8 pretrain.py`.
+"""
+import argparse
+import contextlib
+import csv
+import ctypes
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import mae
+import visualize
+from data import BadInput
+
+
+# ------------------------------------------------------------------------------ settings
+
+MODELS = {
+    "full": dict(patch_size=2, dim=192, depth=12, heads=3),     # ViT-Tiny
+    "laptop": dict(patch_size=4, dim=128, depth=6, heads=4),
+}
+RECIPES = {
+    "full": dict(
+        MODELS["full"], decoder_dim=192, decoder_depth=4, decoder_heads=3, mask_ratio=0.75,
+        norm_pix_loss=False, epochs=2000, warmup_epochs=200, batch_size=4096, base_lr=1.5e-4,
+        weight_decay=0.05, augment="none", picture_every=50),
+    "laptop": dict(
+        MODELS["laptop"], decoder_dim=64, decoder_depth=1, decoder_heads=2, mask_ratio=0.75,
+        norm_pix_loss=False, epochs=5, warmup_epochs=0.5, batch_size=256, base_lr=1.5e-3,
+        weight_decay=0.05, augment="crop", picture_every=1),
+}
+TEST_IMAGES = 1000      # the first ones: for the test loss, and of them the pictured ones
+PICTURED = 16
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags in error are bad input like any other: one line."""
+
+    def error(self, message: str):
+        raise BadInput(f"{message}; see {self.prog} --help")
+
+
+def number(kind: type, low: float, high: float = math.inf, open_ends: bool = False):
+    """A type for a flag: a finite number from `low` to `high`, the ends left out if `open_ends`."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        inside = low < value < high if open_ends else low <= value <= high
+        if not inside or math.isinf(value):
+            name = "a whole number" if kind is int else "a number"
+            ends = f"{'above' if open_ends else 'of at least'} {low}"
+            ends += f" and {'below' if open_ends else 'at most'} {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {ends}")
+        return value
+    return parse
+
+
+def add_flag(parser: argparse.ArgumentParser, recipes: dict, flag: str, text: str, **kwargs) -> None:
+    """A flag whose default is the recipe's; the help says which that is."""
+    name = flag.removeprefix("--").replace("-", "_")
+    values = [f"{recipe}: {values[name]}" for recipe, values in recipes.items() if name in values]
+    text += f" ({', '.join(values)})" if values else ""
+    parser.add_argument(flag, help=text.replace("%", "%%"), **kwargs)
+
+
+def add_common_flags(parser: argparse.ArgumentParser, recipes: dict) -> None:
+    """The flags that pretrain.py and finetune.py share."""
+    def flag(name: str, text: str, **kwargs) -> None:
+        add_flag(parser, recipes, name, text, **kwargs)
+
+    positive, switch = number(int, 1), argparse.BooleanOptionalAction
+    flag("--recipe", "set of defaults; any flag given by hand wins (auto: full on CUDA, else "
+         "laptop)", choices=["auto", *recipes])
+    flag("--dataset", "auto is CIFAR-10 where it is or can be downloaded, else the drawn shapes "
+         "(auto)", choices=["auto", *data.SOURCES])
+    flag("--data-dir", "folder of the data sets' folders (data)", metavar="DIR")
+    flag("--limit", "use the first N training images only (all)", type=positive, metavar="N")
+    flag("--epochs", "passes over the training images", type=positive, metavar="N")
+    flag("--warmup-epochs", "epochs in which the learning rate rises from 0, of those of --epochs",
+         type=number(float, 0), metavar="N")
+    flag("--batch-size", "images per optimizer step, over all processes", type=positive,
+         metavar="N")
+    flag("--micro-batch-size", "images at once in one process; their gradients add up to those of "
+         "the batch (what fits in memory)", type=positive, metavar="N")
+    flag("--base-lr", "learning rate for a batch of 256; it grows with the batch",
+         type=number(float, 0, open_ends=True), metavar="LR")
+    flag("--weight-decay", "of AdamW, on weight matrices only", type=number(float, 0), metavar="W")
+    flag("--patch-size", "side of a patch in pixels", type=positive, metavar="P")
+    flag("--dim", "width of the encoder", type=positive, metavar="D")
+    flag("--depth", "blocks of the encoder", type=positive, metavar="N")
+    flag("--heads", "attention heads of the encoder", type=positive, metavar="N")
+    flag("--augment", "flip: mirrored or not; crop: flips, and shifts by up to 4 pixels",
+         choices=["none", "flip", "crop"])
+    flag("--seed", "of weights, order, augmentation and masks (0)", type=number(int, 0, 2**32 - 1))
+    flag("--device", "(auto: cuda, else mps, else cpu)", choices=["auto", "cpu", "cuda", "mps"])
+    flag("--precision", "bf16 runs matrix products in bfloat16 (auto: bf16 where the processor "
+         "multiplies it in hardware)", choices=["auto", "fp32", "bf16"])
+    flag("--compile", "compile the model with torch.compile (auto: on CUDA)", action=switch)
+    flag("--out", "run folder (runs/PROGRAM-DATASET-RECIPE)", metavar="RUN", type=Path)
+    flag("--resume", "go on with the run in --out, with its own settings", action="store_const",
+         const=True)
+    flag("--benchmark", "print this machine's speed with these settings and write nothing",
+         action="store_const", const=True)
+
+
+def make_parser() -> Parser:
+    parser = Parser(description="Pre-train a masked autoencoder. Defaults in parentheses, where "
+                    "they depend on the recipe with its name.", allow_abbrev=False)
+    add_common_flags(parser, RECIPES)
+
+    def flag(name: str, text: str, **kwargs) -> None:
+        add_flag(parser, RECIPES, name, text, **kwargs)
+
+    flag("--mask-ratio", "part of the patches that is hidden, between 0 and 1", metavar="R",
+         type=number(float, 0, 1, open_ends=True))
+    flag("--norm-pix-loss", "predict each patch normalised by its own mean and deviation",
+         action=argparse.BooleanOptionalAction)
+    flag("--decoder-dim", "width of the decoder", type=number(int, 1), metavar="D")
+    flag("--decoder-depth", "blocks of the decoder", type=number(int, 1), metavar="N")
+    flag("--decoder-heads", "attention heads of the decoder", type=number(int, 1), metavar="N")
+    flag("--picture-every", "draw reconstructions every N epochs, after the first and the last",
+         type=number(int, 1), metavar="N")
+    return parser
+
+
+def parse_flags(parser: Parser, argv: list[str] | None) -> dict:
+    """The flags that were given by hand. Raises BadInput."""
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items()
+             if value is not None}
+    if given.get("resume") and "out" not in given:
+        raise BadInput("--resume needs --out RUN, the run to go on with")
+    return given
+
+
+def resolve_settings(given: dict, recipes: dict, machine: "Machine") -> argparse.Namespace:
+    """The recipe's values, and over them those given by hand. Raises BadInput."""
+    recipe = given.get("recipe", "auto")
+    if recipe == "auto":
+        recipe = "full" if machine.device.type == "cuda" else "laptop"
+    common = dict(dataset="auto", data_dir="data", limit=None, micro_batch_size=None, seed=0)
+    chosen = {name: value for name, value in given.items() if name not in NOT_KEPT}
+    settings = argparse.Namespace(**{**common, **recipes[recipe], **chosen})
+    settings.recipe, settings.precision = recipe, machine.precision
+    if settings.warmup_epochs > settings.epochs:
+        raise BadInput(f"--warmup-epochs {settings.warmup_epochs} is longer than --epochs "
+                       f"{settings.epochs}")
+    return settings
+
+
+NOT_KEPT = {"out", "resume", "benchmark", "device", "compile", "recipe", "precision"}
+MAY_CHANGE = {"out", "resume", "device", "compile", "data_dir", "micro_batch_size",
+              "picture_every"}      # where and how a run runs, not what it computes
+
+
+def resumed_settings(checkpoint: dict, given: dict) -> argparse.Namespace:
+    """The run's own settings. Raises BadInput where a flag contradicts them."""
+    settings, epoch = argparse.Namespace(**checkpoint["settings"]), checkpoint["epoch"]
+    for name, value in given.items():
+        own = getattr(settings, name, None)
+        if name in MAY_CHANGE:
+            if hasattr(settings, name):
+                setattr(settings, name, value)
+        elif name == "epochs" and value > own:
+            before = learning_rate(settings, epoch)
+            settings.epochs = value
+            print(f"schedule: the cosine now ends after epoch {value} instead of {own}; the "
+                  f"learning rate after epoch {epoch} is {learning_rate(settings, epoch):.3g} "
+                  f"instead of {before:.3g}")
+        elif value not in (own, "auto"):
+            raise BadInput(f"--{name.replace('_', '-')} {value} contradicts the run in "
+                           f"{given['out']}, which has {own}: leave the flag out, or start another "
+                           "run with another --out")
+    return settings
+
+
+# ------------------------------------------------------------------------------ machine
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a program runs: this process, its device, how it computes."""
+    device: torch.device
+    precision: str              # "fp32" or "bf16"
+    compile: bool
+    rank: int = 0               # of this process
+    processes: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that downloads, writes and prints."""
+        return self.rank == 0
+
+    def autocast(self):
+        """Matrix products in bfloat16; weights, LayerNorms and losses stay in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def eager(self):
+        """The model as written, where it is compiled: for batches of odd sizes."""
+        return (torch.compiler.set_stance("force_eager") if self.compile
+                else contextlib.nullcontext())
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.processes > 1:
+            dist.all_reduce(values)
+        return values
+
+    def part(self, batch: Tensor) -> Tensor:
+        """This process's part of a global batch: (B, ...) -> (B / processes, ...)."""
+        return batch.tensor_split(self.processes)[self.rank]
+
+    def describe(self) -> str:
+        name = (torch.cuda.get_device_name() if self.device.type == "cuda"
+                else f"{torch.get_num_threads()} threads")
+        return (f"{self.device.type} ({name}), {self.precision}, "
+                f"{'compiled' if self.compile else 'not compiled'}"
+                + (f", {self.processes} processes" if self.processes > 1 else ""))
+
+
+def multiplies_bf16(device: str) -> bool:
+    """Whether the processor has matrix products in bfloat16 (on x86 AMX or AVX512-BF16)."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return False
+
+
+@contextlib.contextmanager
+def on_machine(given: dict):
+    """Find the device, join the other processes where torchrun started several; yield a Machine.
+
+    Raises BadInput where the device is not there or cannot do what was asked for.
+    """
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = given.get("device", "auto")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if name == "auto":
+        name = next(device for device in there if there[device])
+    if not there[name]:
+        raise BadInput(f"--device {name}: torch finds no such device here; leave the flag out to "
+                       "use what there is")
+    precision = given.get("precision", "auto")
+    if precision == "auto":
+        precision = "bf16" if multiplies_bf16(name) else "fp32"
+    elif precision == "bf16" and name != "cpu" and not multiplies_bf16(name):
+        raise BadInput(f"--precision bf16: this {name} device cannot; use fp32")
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if given.get("compile") and not compiler:
+        raise BadInput("--compile needs a C++ compiler (g++ or clang++): install one, or leave the "
+                       "flag out")
+    compiled = given.get("compile", name == "cuda" and compiler is not None)
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" \
+        else torch.device(name)
+    if name == "cuda":
+        torch.cuda.set_device(device)
+    keep_freed_memory()
+    stop_on_sigterm()
+    if processes > 1:
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    try:
+        yield Machine(device, precision, compiled, rank, processes)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed blocks of any size instead of returning them to the system, which
+    would have to hand them out and clear them again at every step."""
+    with contextlib.suppress(OSError, AttributeError):      # another C library: as it is
+        libc = ctypes.CDLL(None)
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # malloc.h
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def stop_on_sigterm() -> None:
+    """SIGTERM stops a program as Ctrl-C does."""
+    def stop(*_):
+        interrupt = KeyboardInterrupt()
+        interrupt.sigterm = True
+        raise interrupt
+    signal.signal(signal.SIGTERM, stop)
+
+
+def fit_micro_batch(settings: argparse.Namespace, machine: Machine, tokens_width: int) -> int:
+    """How many images a process computes at once: what was asked for, else what memory allows.
+
+    tokens_width: tokens x width, summed over the blocks, of one image. Backpropagation keeps
+    about 20 numbers for each. Raises BadInput where the batch cannot be divided so.
+    """
+    batch, micro = settings.batch_size, settings.micro_batch_size
+    if batch % machine.processes:
+        raise BadInput(f"--batch-size {batch} cannot be shared by {machine.processes} processes: "
+                       "make it a multiple")
+    local = batch // machine.processes
+    if micro is None:
+        bytes_per_image = tokens_width * 20 * (2 if machine.precision == "bf16" else 4)
+        budget = 0.6 * torch.cuda.mem_get_info()[0] if machine.device.type == "cuda" else 1e9
+        micro = max(size for size in range(1, local + 1)
+                    if local % size == 0 and (size == 1 or size * bytes_per_image <= budget))
+    if local % micro:
+        raise BadInput(f"--micro-batch-size {micro} does not divide the {local} images that each "
+                       "process has of a batch")
+    return micro
+
+
+def peak_memory_mb(device: torch.device) -> int:
+    """The most memory used so far, in MiB: the GPU's on CUDA, else the process's."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    import resource                                         # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024          # bytes there, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+
+
+# ------------------------------------------------------------------------------ optimisation
+
+
+def learning_rate(settings: argparse.Namespace, epoch: float) -> float:
+    """Linear warm-up, then half a cosine to zero (MAE, appendix A.1); epoch counts parts too."""
+    peak = settings.base_lr * settings.batch_size / 256     # the linear scaling rule
+    if epoch < settings.warmup_epochs:
+        return peak * epoch / settings.warmup_epochs
+    progress = (epoch - settings.warmup_epochs) / max(settings.epochs - settings.warmup_epochs,
+                                                      1e-9)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+
+
+def make_optimizer(model: nn.Module, weight_decay: float, betas: tuple[float, float]):
+    """AdamW; no weight decay on biases and LayerNorms (1 dimension) or tokens and position
+    embeddings (3), only on matrices (2) and the patch embedding (4)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.ndim in (2, 4)], "weight_decay": weight_decay},
+              {"params": [p for p in parameters if p.ndim in (1, 3)], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+def prepare_model(model: nn.Module, machine: Machine) -> nn.Module:
+    """On its device, compiled where that was asked for; the wrapper that shares gradients, if
+    there are several processes, else the model itself."""
+    model.to(machine.device)
+    if machine.compile:
+        model.compile()
+    return DistributedDataParallel(model) if machine.processes > 1 else model
+
+
+def gradient(model: nn.Module, objective, batch: tuple[Tensor, ...], micro: int,
+             machine: Machine) -> Tensor:
+    """Add up the gradient of one batch, micro-batch by micro-batch.
+
+    batch: tensors (B, ...), this process's part. objective(model, *micro_batch) returns a loss
+    and what to log, (S,). Returns the mean of the latter over the batch. Several processes
+    exchange gradients in the last backward pass alone.
+    """
+    parts = list(zip(*(tensor.split(micro) for tensor in batch)))
+    logged = 0
+    for i, part in enumerate(parts):
+        wait = machine.processes > 1 and i < len(parts) - 1
+        with model.no_sync() if wait else contextlib.nullcontext():
+            with machine.autocast():
+                loss, stats = objective(model, *part)
+            (loss / len(parts)).backward()
+        logged = logged + stats.detach() / len(parts)
+    return logged
+
+
+def train_epoch(model: nn.Module, objective, batches, steps: int, optimizer, epoch: int, micro: int,
+                settings: argparse.Namespace, machine: Machine, after_step=None) -> list[float]:
+    """One epoch; the mean of what `objective` logs.
+
+    batches yields global batches. epoch counts from 1. The host never waits for the device but
+    to show progress. Raises BadInput where the loss is not finite.
+    """
+    model.train()
+    logged, shown = [], time.monotonic()
+    every = 0.5 if sys.stderr.isatty() else 30              # seconds between signs of progress
+    for step, batch in enumerate(batches):
+        lr = learning_rate(settings, epoch - 1 + (step + 1) / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        logged.append(gradient(model, objective, tuple(map(machine.part, batch)), micro, machine))
+        optimizer.step()
+        optimizer.zero_grad()
+        if after_step:
+            after_step()
+        if machine.main and time.monotonic() - shown > every and step + 1 < steps:
+            shown = time.monotonic()
+            show_progress(f"epoch {epoch}/{settings.epochs}  step {step + 1}/{steps}  "
+                          f"loss {logged[-1][0]:.4f}")
+            check_finite(logged, epoch, settings, steps)
+    mean = machine.sum(torch.stack(logged).mean(dim=0)) / machine.processes
+    if not mean.isfinite().all():
+        check_finite(logged, epoch, settings, steps)
+    return mean.tolist()
+
+
+def check_finite(logged: list[Tensor], epoch: int, settings: argparse.Namespace,
+                 steps: int) -> None:
+    """Raises BadInput naming the first step whose loss is not finite."""
+    bad = (~torch.stack(logged)[:, 0].isfinite()).nonzero()
+    if len(bad):
+        step = int(bad[0]) + 1
+        lr = learning_rate(settings, epoch - 1 + step / steps)
+        raise BadInput(f"the loss is no longer finite in epoch {epoch}, step {step}, at learning "
+                       f"rate {lr:.3g}; the checkpoint of epoch {epoch - 1} is kept: lower "
+                       "--base-lr or lengthen --warmup-epochs in a new run")
+
+
+def show_progress(text: str) -> None:
+    """A line that the next one replaces on a terminal, and a line of its own in a file."""
+    end = "\r" if sys.stderr.isatty() else "\n"
+    print(f"{text:<100}" if end == "\r" else text, end=end, file=sys.stderr, flush=True)
+
+
+def run_benchmark(model: nn.Module, objective, epoch_batches, optimizer, micro: int,
+                  settings: argparse.Namespace, machine: Machine) -> None:
+    """Print images/s, TFLOP/s and memory of whole training steps on real batches."""
+    plain = getattr(model, "module", model)
+    one_image = [tensor[:1] for tensor in next(epoch_batches(1))]
+    with machine.eager(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        objective(plain, *one_image)[0].backward()          # attention as plain products: counted
+    flop = counter.get_total_flops()
+    steps = max(1, 1024 // settings.batch_size)
+    seconds = []
+    for _ in range(6):                                      # the first one warms up
+        start = time.perf_counter()
+        batches = itertools.islice(itertools.cycle(epoch_batches(1)), steps)
+        train_epoch(model, objective, batches, steps, optimizer, 1, micro, settings, machine)
+        seconds.append(time.perf_counter() - start)
+    speed = steps * settings.batch_size / statistics.median(seconds[1:])
+    if machine.main:
+        print(f"speed      {speed:,.1f} images/s (median of 5 timings of {steps} steps)\n"
+              f"arithmetic {speed * flop / 1e12:.3g} TFLOP/s ({flop / 1e9:.3g} GFLOP an image, "
+              f"forward and backward)\n"
+              f"memory     {peak_memory_mb(machine.device):,} MiB at the peak")
+
+
+# ------------------------------------------------------------------------------ run folder
+
+
+def holds_run(out: Path) -> bool:
+    return any((out / name).exists() for name in ("checkpoint.pt", "config.json", "log.csv"))
+
+
+def check_free(out: Path, program: str) -> None:
+    """Raises BadInput where the folder already holds a run."""
+    if holds_run(out):
+        raise BadInput(f"{out} already holds a run: go on with `python {program} --out {out} "
+                       "--resume`, or give another folder with --out")
+
+
+def load_run(out: Path, kind: str) -> dict:
+    """The checkpoint to go on with. Raises BadInput."""
+    if not holds_run(out):
+        raise BadInput(f"--resume: {out} holds no run; name the run with --out, or start one "
+                       "without --resume")
+    checkpoint = data.load_checkpoint(out / "checkpoint.pt", kind)
+    if "optimizer" not in checkpoint:
+        raise BadInput(f"{out / 'checkpoint.pt'} holds weights alone and cannot be gone on with")
+    return checkpoint
+
+
+def load_weights(model: nn.Module, state: dict, path: Path) -> None:
+    """Raises BadInput where the weights are not those of this model."""
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError):       # of another size, or not weights
+        raise BadInput(f"the weights in {path} do not fit the model that its settings "
+                       "describe: the file is damaged") from None
+
+
+def write_config(out: Path, settings: argparse.Namespace, machine: Machine, micro: int,
+                 dataset: data.Dataset) -> None:
+    """config.json: everything needed to repeat the run."""
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
+                         capture_output=True, text=True) if shutil.which("git") else None
+    config = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "settings": vars(settings),
+        "machine": {"device": machine.describe(), "processor": platform.processor()
+                    or platform.machine(), "cores": os.cpu_count(), "micro_batch_size": micro},
+        "images": {"training": len(dataset.train_images), "test": len(dataset.test_images)},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "numpy": np.__version__, "pillow": PIL.__version__},
+        "commit": git.stdout.strip() or None if git else None,
+    }
+    data.write_file(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def write_log(out: Path, log: list[dict]) -> None:
+    """log.csv, whole: the checkpoint holds the rows too, so that the two never disagree."""
+    if log:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, log[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(log)
+        data.write_file(out / "log.csv", text.getvalue().encode())
+
+
+def save_epoch(out: Path, kind: str, settings: argparse.Namespace, model: nn.Module, optimizer,
+               log: list[dict], **more) -> None:
+    """The checkpoint after as many epochs as the log has rows, then the log."""
+    data.save_checkpoint(out / "checkpoint.pt", dict(
+        kind=kind, settings=vars(settings), epoch=len(log), log=log, model=model.state_dict(),
+        optimizer=optimizer.state_dict(), **more))
+    write_log(out, log)
+
+
+def save_weights(out: Path, kind: str, settings: argparse.Namespace, state: dict,
+                 log: list[dict]) -> None:
+    """weights.pt: what a run leaves for others, in half precision."""
+    data.save_checkpoint(out / "weights.pt", dict(
+        kind=kind, settings=vars(settings), epoch=len(log), log=log,
+        model={name: value.half() for name, value in state.items()}))
+
+
+def tidy_run(out: Path, epoch: int, log: list[dict]) -> None:
+    """Take away what a run that was stopped left beyond its last checkpoint."""
+    write_log(out, log)
+    (out / "weights.pt").unlink(missing_ok=True)
+    for part in out.glob("**/.*.part"):
+        part.unlink(missing_ok=True)
+    for picture in (out / "reconstructions").glob("epoch-*.png"):
+        if int(picture.stem.removeprefix("epoch-")) > epoch:
+            picture.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def saying_how_to_go_on(out: Path, program: str):
+    """Around training: an interruption says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.args = (f"Go on with: python {program} --out {out} --resume",)
+        raise
+
+
+def log_row(epoch: int, values: dict, lr: float, started: float, trained: float, images: int,
+            machine: Machine) -> dict:
+    """A row of log.csv; the last three columns are measured, the others repeat with the seed.
+
+    started, trained: when the epoch began and when its training ended, by time.monotonic().
+    """
+    return {"epoch": epoch, **{name: float(f"{value:.7g}") for name, value in values.items()},
+            "lr": float(f"{lr:.7g}"), "seconds": round(time.monotonic() - started, 2),
+            "images_per_second": round(images / (trained - started), 1),
+            "peak_memory_mb": peak_memory_mb(machine.device)}
+
+
+def time_left(log: list[dict], epochs: int) -> str:
+    """hours:minutes:seconds for the epochs to come, at the pace of the last ones."""
+    pace = statistics.median(row["seconds"] for row in log[-5:])
+    seconds = round(pace * (epochs - len(log)))
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+# ------------------------------------------------------------------------------ the program
+
+
+def load_data(settings: argparse.Namespace, machine: Machine) -> data.Dataset:
+    """The data set on the device; only the main process downloads. Raises BadInput."""
+    name = [settings.dataset]
+    if machine.main:
+        name = [data.load_dataset(settings.dataset, settings.data_dir).name]
+    if machine.processes > 1:
+        dist.broadcast_object_list(name)                    # the others wait here
+    dataset = data.load_dataset(name[0], settings.data_dir)
+    settings.dataset = dataset.name
+    if settings.limit:
+        dataset = dataset.first(settings.limit)
+    return dataset.to(machine.device)
+
+
+def count_tokens_width(model: mae.MAEViT, settings: argparse.Namespace) -> int:
+    """Tokens x width, summed over the blocks of encoder and decoder: the size of an image's
+    activations."""
+    N = model.encoder.num_patches
+    K = model.shuffle.count_visible(N)
+    return ((1 + K) * settings.dim * settings.depth
+            + (1 + N) * settings.decoder_dim * settings.decoder_depth)
+
+
+def build(kind: str, settings: argparse.Namespace) -> nn.Module:
+    """The model, its weights fixed by the seed. Raises BadInput where sizes do not fit."""
+    torch.manual_seed(settings.seed)
+    try:
+        return mae.build_model(kind, vars(settings))
+    except ValueError as error:
+        raise BadInput(f"{error}: see --patch-size, --dim, --heads, --mask-ratio and the "
+                       "decoder's flags") from None
+
+
+def masked_loss(model: nn.Module, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 (B, 3, H, W), (B, N) -> the loss, and what to log: the loss."""
+    loss, _, _ = model(data.scale(images), noise)
+    return loss, loss[None]
+
+
+def epoch_batches(dataset: data.Dataset, settings: argparse.Namespace, num_patches: int,
+                  epoch: int):
+    """The global batches of an epoch: images uint8 (B, 3, H, W), noise (B, N)."""
+    images = dataset.train_images
+    generator = data.seeded_generator(images.device, settings.seed, epoch)
+    for ids in data.epoch_order(len(images), settings.batch_size, generator):
+        batch = data.augment(images[ids], settings.augment, generator)
+        yield batch, torch.rand(len(ids), num_patches, generator=generator, device=images.device)
+
+
+@torch.no_grad()
+def test_loss(model: nn.Module, images: Tensor, noise: Tensor, machine: Machine) -> float:
+    """The mean loss over test images (n, 3, H, W) with fixed masks by noise (n, N)."""
+    model.eval()
+    total = torch.zeros((), device=images.device)
+    with machine.eager(), machine.autocast():
+        for part in zip(machine.part(images).split(250), machine.part(noise).split(250)):
+            total += masked_loss(model, *part)[0] * len(part[0])
+    return machine.sum(total).item() / len(images)
+
+
+def seconds_per_image(model: nn.Module, objective, batches, micro: int, machine: Machine) -> float:
+    """Measured on two micro-batches, of which the first warms up; leaves the model as it was."""
+    batch = [machine.part(tensor)[:micro] for tensor in next(batches)]
+    for _ in range(2):
+        start = time.monotonic()
+        gradient(model, objective, batch, micro, machine).sum().item()
+    model.zero_grad()
+    return (time.monotonic() - start) / len(batch[0]) / machine.processes
+
+
+def describe_run(settings: argparse.Namespace, machine: Machine, dataset: data.Dataset, steps: int,
+                 micro: int, model: nn.Module, out: Path | None) -> None:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"device     {machine.describe()}\n"
+          f"data       {dataset.name}, {len(dataset.train_images):,} training and "
+          f"{len(dataset.test_images):,} test images, augmentation: {settings.augment}\n"
+          f"recipe     {settings.recipe}: {settings.epochs} epochs of {steps} steps of "
+          f"{settings.batch_size} images (micro-batches of {micro}), learning rate up to "
+          f"{settings.base_lr * settings.batch_size / 256:.3g}\n"
+          f"model      ViT {settings.dim} x {settings.depth} blocks, {settings.heads} heads, patch "
+          f"{settings.patch_size}; {type(model).__name__} of {parameters:,} parameters\n"
+          f"run        {out or 'none, a benchmark'}", flush=True)
+
+
+def expected(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes" \
+        if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def main(argv: list[str] | None = None) -> None:
+    given = parse_flags(make_parser(), argv)
+    checkpoint = None
+    if given.get("resume"):
+        checkpoint = load_run(given["out"], "pretrain")
+        settings = resumed_settings(checkpoint, given)
+        given["precision"] = settings.precision
+    with on_machine(given) as machine:
+        if not checkpoint:
+            settings = resolve_settings(given, RECIPES, machine)
+        pretrain(settings, checkpoint, given, machine)
+
+
+def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
+             machine: Machine) -> None:
+    plain = build("pretrain", settings)
+    num_patches = plain.encoder.num_patches
+    micro = fit_micro_batch(settings, machine, count_tokens_width(plain, settings))
+    dataset = load_data(settings, machine)
+    out = given.get("out") or Path("runs") / f"pretrain-{dataset.name}-{settings.recipe}"
+    benchmark = given.get("benchmark", False)
+    if machine.main and not checkpoint and not benchmark:
+        check_free(out, "pretrain.py")
+    if checkpoint:
+        load_weights(plain, checkpoint["model"], out)
+    model = prepare_model(plain, machine)
+    optimizer = make_optimizer(plain, settings.weight_decay, betas=(0.9, 0.95))
+    log = []
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        log = checkpoint["log"]
+
+    def batches(epoch: int):
+        return epoch_batches(dataset, settings, num_patches, epoch)
+
+    steps = max(1, len(dataset.train_images) // settings.batch_size)
+    images = steps * settings.batch_size
+    if machine.main:
+        describe_run(settings, machine, dataset, steps, micro, plain, None if benchmark else out)
+    if benchmark:
+        return run_benchmark(model, masked_loss, batches, optimizer, micro, settings, machine)
+    pace = seconds_per_image(model, masked_loss, batches(0), micro, machine)
+    if machine.main:
+        print(f"expected   {expected(pace * images * (settings.epochs - len(log)))}", flush=True)
+        if checkpoint:
+            tidy_run(out, len(log), log)
+        else:
+            save_epoch(out, "pretrain", settings, plain, optimizer, log)
+        write_config(out, settings, machine, micro, dataset)
+
+    test_images = dataset.test_images[:TEST_IMAGES]
+    noise = torch.rand(len(test_images), num_patches, device=machine.device,
+                       generator=data.seeded_generator(machine.device, 0))
+    with saying_how_to_go_on(out, "pretrain.py"):
+        for epoch in range(len(log) + 1, settings.epochs + 1):
+            started = time.monotonic()
+            loss, = train_epoch(model, masked_loss, batches(epoch), steps, optimizer, epoch, micro,
+                                settings, machine)
+            trained = time.monotonic()
+            values = {"loss": loss, "test_loss": test_loss(plain, test_images, noise, machine)}
+            log.append(log_row(epoch, values, learning_rate(settings, epoch), started, trained,
+                               images, machine))
+            if not machine.main:
+                continue
+            if epoch % settings.picture_every == 0 or epoch in (1, settings.epochs):
+                with machine.eager():
+                    picture = visualize.reconstruction_grid(
+                        plain, test_images[:PICTURED], noise[:PICTURED],
+                        f"{dataset.name} test images, epoch {epoch} of {settings.epochs}, "
+                        f"{settings.mask_ratio:.0%} masked")
+                visualize.save_png(picture, out / "reconstructions" / f"epoch-{epoch:04}.png")
+            save_epoch(out, "pretrain", settings, plain, optimizer, log)
+            print(f"epoch {epoch}/{settings.epochs}  loss {values['loss']:.4f}  test loss "
+                  f"{values['test_loss']:.4f}  {log[-1]['images_per_second']:,.0f} images/s  "
+                  f"{time_left(log, settings.epochs)} left", flush=True)
+        if machine.main:
+            save_weights(out, "pretrain", settings, plain.state_dict(), log)
+            visualize.save_png(visualize.draw_curves({out.name: log}), out / "curves.png")
+            print(f"done: {out}", flush=True)
+
+
+if __name__ == "__main__":
+    with data.exit_on_bad_input():
+        main()
