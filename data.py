@@ -49,8 +49,8 @@ def exit_on_bad_input():
     try:
         yield
     except BadInput as problem:
-        message = " ".join(str(problem).split())
-        sys.exit(print(f"error: {message}", file=sys.stderr) or 2)
+        print("error:", " ".join(str(problem).split()), file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as stop:
         print(f"\nstopped. {stop}".rstrip(), file=sys.stderr)
         sys.exit(143 if getattr(stop, "sigterm", False) else 130)
@@ -112,7 +112,7 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
                        "weights.pt of a run") from None
     keys = {"version", "kind", "settings", "epoch", "model", "log"}
     if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
-        raise BadInput(f"{path} is not a checkpoint of pretrain.py or finetune.py")
+        raise BadInput(f"{path} is no checkpoint of pretrain.py or finetune.py")
     if checkpoint["version"] != CHECKPOINT_VERSION:
         raise BadInput(f"{path} is of checkpoint version {checkpoint['version']}, this program "
                        f"reads version {CHECKPOINT_VERSION}: use the program that wrote it")
@@ -137,7 +137,7 @@ class Source:
     names: str                  # the file that names the classes, a line each
     num_classes: int
     label_bytes: int            # the last of them is the label that counts
-    records: tuple[int, int]    # in an official file: training, test
+    images: tuple[int, int]     # training and test, in the official files
     url: str = ""
     md5: str = ""
 
@@ -146,7 +146,7 @@ BATCHES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 SOURCES = {
     "cifar10": Source(
         "CIFAR-10", "cifar-10-batches-bin", BATCHES, ("test_batch.bin",), "batches.meta.txt",
-        10, 1, (10_000, 10_000), "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        10, 1, (50_000, 10_000), "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         "c32a1d4ab5d03f1284b67883e8d87530"),
     "cifar100": Source(
         "CIFAR-100", "cifar-100-binary", ("train.bin",), ("test.bin",), "fine_label_names.txt",
@@ -154,7 +154,7 @@ SOURCES = {
         "03b5dce01913d631647c71ecec9e9cb8"),
     "shapes": Source(
         "shapes", "shapes", BATCHES, ("test_batch.bin",), "batches.meta.txt",
-        10, 1, (2_000, 2_000)),
+        10, 1, (10_000, 2_000)),
 }
 DOWNLOAD_TIMEOUT = 30           # seconds without an answer
 
@@ -197,7 +197,12 @@ def download(source: Source, data_dir: Path) -> None:
                                  f"off or changed on its way; {advice}")
         try:
             with tarfile.open(archive) as tar:
-                tar.extractall(temporary, filter="data")    # no links, no paths to elsewhere
+                for member in tar:
+                    parts = Path(member.name).parts
+                    if not (member.isfile() or member.isdir()) or ".." in parts \
+                            or parts[:1] != (source.folder,):
+                        raise tarfile.TarError(f"it holds {member.name}, which does not belong")
+                tar.extractall(temporary, filter="data")
         except (tarfile.TarError, EOFError) as error:
             raise DownloadFailed(f"{source.url} is no archive to unpack: {error}; "
                                  f"{advice}") from None
@@ -259,7 +264,7 @@ def make_shapes(data_dir: Path) -> None:
         folder.mkdir()
         (folder / source.names).write_text("\n".join(SHAPES) + "\n")
         for name in source.train + source.test:
-            labels = rng.permutation(np.arange(source.records[0]) % source.num_classes)
+            labels = rng.permutation(np.arange(2_000) % source.num_classes)
             pixels = draw_shapes(labels, rng).reshape(-1, PIXELS)
             records = np.concatenate([labels[:, None].astype(np.uint8), pixels], axis=1)
             (folder / name).write_bytes(records.tobytes())
@@ -308,7 +313,7 @@ class Dataset:
                                    train_labels=self.train_labels[ids])
 
 
-def parse_records(path: Path, source: Source, official: int) -> tuple[np.ndarray, np.ndarray]:
+def parse_records(path: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
     """A binary file -> pixels uint8 (n, 3, 32, 32), labels uint8 (n,).
 
     A record is 1 label byte (CIFAR-100: coarse, then fine), then the pixels. Raises BadInput.
@@ -328,9 +333,6 @@ def parse_records(path: Path, source: Source, official: int) -> tuple[np.ndarray
         first = int((labels >= source.num_classes).argmax())
         raise BadInput(f"{path}: record {first} has label {labels[first]}, {source.title} has "
                        f"labels 0 to {source.num_classes - 1}; {advice}")
-    if len(records) != official:
-        print(f"note: {path} holds {len(records):,} images, the official file {official:,}: taken "
-              "for a data set of your own", file=sys.stderr)
     return records[:, source.label_bytes:].reshape(-1, 3, SIDE, SIDE), labels
 
 
@@ -338,8 +340,8 @@ def parse_folder(name: str, folder: Path) -> Dataset:
     """All files of a data set, in order. Raises BadInput."""
     source = SOURCES[name]
 
-    def parse_split(files: tuple[str, ...], official: int) -> tuple[Tensor, Tensor]:
-        parts = [parse_records(folder / file, source, official) for file in files]
+    def parse_split(files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        parts = [parse_records(folder / file, source) for file in files]
         images, labels = (np.concatenate(part) for part in zip(*parts))
         return torch.from_numpy(images), torch.from_numpy(labels).long()
 
@@ -350,8 +352,13 @@ def parse_folder(name: str, folder: Path) -> Dataset:
         classes = []
     if len(classes) != source.num_classes:      # names adorn pictures; numbers do as well
         classes = [str(label) for label in range(source.num_classes)]
-    return Dataset(name, classes, *parse_split(source.train, source.records[0]),
-                   *parse_split(source.test, source.records[1]))
+    dataset = Dataset(name, classes, *parse_split(source.train), *parse_split(source.test))
+    counts = len(dataset.train_images), len(dataset.test_images)
+    if counts != source.images:
+        print(f"note: {folder} holds {counts[0]:,} + {counts[1]:,} images, {source.title} "
+              f"{source.images[0]:,} + {source.images[1]:,}: taken for a data set of your own",
+              file=sys.stderr)
+    return dataset
 
 
 NO_CIFAR = """

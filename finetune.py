@@ -163,6 +163,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate(given: dict, machine: Machine) -> None:
     """Print the test accuracy of a saved classifier. Raises BadInput."""
+    for name in given.keys() - {"evaluate", "dataset", "data_dir", "device", "precision"}:
+        raise BadInput(f"--{name.replace('_', '-')} does nothing with --evaluate: leave it out")
     checkpoint = data.load_checkpoint(given["evaluate"], "classifier")
     settings = argparse.Namespace(**{**checkpoint["settings"], "limit": None})
     settings.dataset = given.get("dataset", settings.dataset)

@@ -599,16 +599,16 @@ def time_left(log: list[dict], epochs: int) -> str:
 
 def load_data(settings: argparse.Namespace, machine: Machine) -> data.Dataset:
     """The data set on the device; only the main process downloads. Raises BadInput."""
-    name = [settings.dataset]
     if machine.main:
-        name = [data.load_dataset(settings.dataset, settings.data_dir).name]
+        dataset = data.load_dataset(settings.dataset, settings.data_dir)
+        settings.dataset = dataset.name
     if machine.processes > 1:
-        dist.broadcast_object_list(name)                    # the others wait here
-    dataset = data.load_dataset(name[0], settings.data_dir)
-    settings.dataset = dataset.name
-    if settings.limit:
-        dataset = dataset.first(settings.limit)
-    return dataset.to(machine.device)
+        name = [settings.dataset]
+        dist.broadcast_object_list(name)                    # the other processes wait here
+        settings.dataset, = name
+    if not machine.main:
+        dataset = data.load_dataset(settings.dataset, settings.data_dir)
+    return (dataset.first(settings.limit) if settings.limit else dataset).to(machine.device)
 
 
 def count_tokens_width(model: mae.MAEViT, settings: argparse.Namespace) -> int:
@@ -659,6 +659,7 @@ def test_loss(model: nn.Module, images: Tensor, noise: Tensor, machine: Machine)
 
 def seconds_per_image(model: nn.Module, objective, batches, micro: int, machine: Machine) -> float:
     """Measured on two micro-batches, of which the first warms up; leaves the model as it was."""
+    model.eval()                                            # running statistics stay
     batch = [machine.part(tensor)[:micro] for tensor in next(batches)]
     for _ in range(2):
         start = time.monotonic()
