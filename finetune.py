@@ -33,7 +33,7 @@ RECIPES = {
         MODELS["full"], pool="cls", epochs=100, warmup_epochs=5, batch_size=128, base_lr=1e-3,
         weight_decay=0.05, augment="none"),
     "laptop": dict(
-        MODELS["laptop"], pool="mean", epochs=6, warmup_epochs=0.5, batch_size=128, base_lr=2e-3,
+        MODELS["laptop"], pool="mean", epochs=4, warmup_epochs=0.5, batch_size=64, base_lr=4e-3,
         weight_decay=0.05, augment="crop"),
 }
 LINEAR = dict(epochs=50, warmup_epochs=5, batch_size=512, base_lr=1e-3, weight_decay=0.0,

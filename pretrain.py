@@ -60,7 +60,7 @@ RECIPES = {
         weight_decay=0.05, augment="none", picture_every=50),
     "laptop": dict(
         MODELS["laptop"], decoder_dim=64, decoder_depth=1, decoder_heads=2, mask_ratio=0.75,
-        norm_pix_loss=False, epochs=5, warmup_epochs=0.5, batch_size=256, base_lr=1.5e-3,
+        norm_pix_loss=False, epochs=4, warmup_epochs=0.5, batch_size=64, base_lr=1e-2,
         weight_decay=0.05, augment="crop", picture_every=1),
 }
 TEST_IMAGES = 1000      # the first ones: for the test loss, and of them the pictured ones
