@@ -64,7 +64,7 @@ RECIPES = {
         weight_decay=0.05, augment="crop", picture_every=1),
 }
 TEST_IMAGES = 1000      # the first ones: for the test loss, and of them the pictured ones
-PICTURED = 16
+PICTURED = 12
 
 
 class Parser(argparse.ArgumentParser):
@@ -755,8 +755,7 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
                 with machine.eager():
                     picture = visualize.reconstruction_grid(
                         plain, test_images[:PICTURED], noise[:PICTURED],
-                        f"{dataset.name} test images, epoch {epoch} of {settings.epochs}, "
-                        f"{settings.mask_ratio:.0%} masked")
+                        f"{dataset.name} test images · {out.name}", epoch=epoch)
                 visualize.save_png(picture, out / "reconstructions" / f"epoch-{epoch:04}.png")
             save_epoch(out, "pretrain", settings, plain, optimizer, log)
             print(f"epoch {epoch}/{settings.epochs}  loss {values['loss']:.4f}  test loss "

@@ -19,7 +19,6 @@ Sources:
     ViT   Dosovitskiy et al. 2020, An Image Is Worth 16x16 Words, arXiv 2010.11929
 """
 import argparse
-import colorsys
 import csv
 import functools
 import io
@@ -43,7 +42,7 @@ from data import BadInput
 
 # ------------------------------------------------------------------------------ the sheet
 
-WIDTH, MARGIN, GAP = 1640, 40, 6        # pixels: about twice the width of a README
+WIDTH, MARGIN, GAP = 1720, 40, 6        # pixels: about twice the width of a README
 INK, GREY, FAINT, PAPER = (31, 35, 40), (95, 103, 112), (222, 226, 231), (255, 255, 255)
 ORANGE, SLATE = (230, 120, 0), (150, 172, 205)      # class token, mask tokens
 HIDDEN = 195                            # the grey level of a masked patch
@@ -74,7 +73,7 @@ class Sheet:
     """
 
     def __init__(self, width: int, height: int, title: str, caption: str) -> None:
-        lines = wrap(caption, width - 2 * MARGIN)
+        lines = wrap(caption, width - 2 * MARGIN) if caption else []
         self.top = MARGIN + 60 + 32 * len(lines)
         self.image = Image.new("RGB", (width, self.top + height + MARGIN), PAPER)
         self.draw = ImageDraw.Draw(self.image)
@@ -209,6 +208,8 @@ def save_animation(frames: list[Image.Image], path: Path | str) -> None:
 
 # ------------------------------------------------------------------------------ reconstruct
 
+NORMALIZED = " · predicts normalised patches, shown with each patch's own mean and deviation"
+
 
 def to_pixels(model: mae.MAEViT, patches: Tensor, pred: Tensor) -> Tensor:
     """What the model predicts as pixels, both (B, N, 3*p*p): where it predicts normalised
@@ -269,7 +270,7 @@ def reconstruction_grid(model: mae.MAEViT, images: Tensor, noise: Tensor, captio
     if raw:
         caption += " · bare prediction, visible patches not pasted back"
     if model.norm_pix_loss:
-        caption += " · predicts normalised patches, shown with each patch's true mean and deviation"
+        caption += NORMALIZED
     labels = labels or [""] * len(images)
     notes = [["", f"error {error:.4f}", label] for error, label in zip(errors.tolist(), labels)]
     title = "Reconstructions" if epoch is None else f"Reconstructions after epoch {epoch}"
@@ -304,7 +305,7 @@ def draw_ratios(model: mae.MAEViT, images: Tensor, noise: Tensor, caption: str,
     heads = ["original"] + sum([[f"{percent(ratio)} masked", "filled in"] for ratio in ratios], [])
     caption += f" · pre-trained with mask ratio {percent(model.shuffle.mask_ratio)}"
     if model.norm_pix_loss:
-        caption += " · predicts normalised patches, shown with each patch's true mean and deviation"
+        caption += NORMALIZED
     sheet, _, _ = draw_grid(rows, heads, "How much can be hidden?", caption, notes,
                             apart=range(1, len(heads), 2))
     return sheet.image
@@ -383,14 +384,7 @@ METRICS = {     # name: (axis title, column of the training set or the only one,
 }
 USUAL = ("loss", "cross-entropy", "accuracy", "lr")
 COLORS = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233),
-          (230, 159, 0)]        # Okabe and Ito's, told apart by colour-blind eyes too
-
-
-def run_colors(count: int) -> list[tuple[int, int, int]]:
-    if count <= len(COLORS):
-        return COLORS[:count]
-    return [tuple(round(255 * c) for c in colorsys.hls_to_rgb(i / count, 0.35 + 0.2 * (i % 2), 0.8))
-            for i in range(count)]
+          (230, 159, 0), (0, 0, 0), (150, 150, 150)]    # Okabe and Ito's: for all eyes
 
 
 def round_ticks(low: float, high: float, count: int = 6) -> list[float]:
@@ -430,7 +424,7 @@ def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title
     bend = np.log10 if log else np.asarray
     x0, x1 = min(0, every_x.min()), max(every_x.max(), 1e-9)
     y0, y1 = bend(every_y.min()), bend(every_y.max())
-    pad = 0.05 * (y1 - y0) or 0.05 * abs(y1) or 0.05
+    pad = max(0.05 * (y1 - y0), 0.01 * max(abs(y0), abs(y1))) or 0.05
     y0, y1 = y0 - pad, y1 + pad
     if not log and every_y.min() >= 0:
         y0 = max(y0, 0)
@@ -470,15 +464,19 @@ def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False
     """
     shown = [name for name in metrics or USUAL
              if any(METRICS[name][1] in row for rows in runs.values() for row in rows[:1])]
+    if len(runs) > len(COLORS):
+        raise BadInput(f"{len(runs)} runs are more than colours tell apart: give at most "
+                       f"{len(COLORS)}")
     if not shown:
         raise BadInput(f"no log has a column for {', '.join(metrics or USUAL)}: leave --metric "
                        "out, or give other runs")
-    ends = [sum(np.nan_to_num([row["seconds"] for row in rows])) for rows in runs.values()]
-    unit, seconds = next((unit, seconds) for unit, seconds in
-                         (("hours", 3600), ("minutes", 60), ("seconds", 1), ("seconds", 1))
-                         if max(ends) >= 2 * seconds or unit == "seconds")
+    times = [np.nan_to_num([row["seconds"] for row in rows], posinf=0).clip(0, 1e9).cumsum()
+             for rows in runs.values()]
+    longest = max(time[-1] for time in times)
+    unit, seconds = (("hours", 3600) if longest > 7200 else ("minutes", 60) if longest > 120
+                     else ("seconds", 1))
     both = any(METRICS[name][2] for name in shown)
-    legend = [(label, color, False) for label, color in zip(runs, run_colors(len(runs)))]
+    legend = [(label, color, False) for label, color in zip(runs, COLORS)]
     legend += [("test", GREY, False), ("train", GREY, True)] if both else []
     places, right, down = [], 0, 0
     for label, _, _ in legend:
@@ -497,14 +495,12 @@ def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False
     for i, name in enumerate(shown):
         title, *columns = METRICS[name]
         lines, logarithmic = [], log and name != "accuracy"
-        for rows, color in zip(runs.values(), run_colors(len(runs))):
-            xs = np.array([row["epoch"] for row in rows], dtype=float)
-            if x == "time":
-                xs = np.nan_to_num([row["seconds"] for row in rows]).cumsum() / seconds
+        for rows, time, color in zip(runs.values(), times, COLORS):
+            xs = time / seconds if x == "time" else np.array([row["epoch"] for row in rows], float)
             for column, dashed in zip(columns, (columns[1] is not None, False)):
                 if columns[0] in rows[0] and column in rows[0]:
                     ys = np.array([row[column] for row in rows], dtype=float)
-                    ys[~np.isfinite(ys) | (logarithmic & ~(ys > 0))] = math.nan
+                    ys[~(abs(ys) < 1e99) | (logarithmic & ~(ys > 0))] = math.nan
                     lines.append((xs, ys, color, dashed))
         left, top = MARGIN + i % across * width, sheet.top + down + 50 + i // across * height
         draw_panel(sheet, (left, top, left + width, top + height), title,
@@ -578,7 +574,8 @@ def draw_embeddings(model: nn.Module, caption: str) -> Image.Image:
     filters = filters[filters.flatten(1).norm(dim=1).argsort(descending=True)]
     peak = filters.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-9)
     enlarge = max(1, 30 // encoder.patch_size)
-    columns = (WIDTH - 2 * MARGIN) // (encoder.patch_size * enlarge + 5)
+    most = (WIDTH - 2 * MARGIN) // (encoder.patch_size * enlarge + 5)
+    columns = math.ceil(encoder.dim / math.ceil(encoder.dim / most))    # rows of about one length
     filters = mosaic(data.unscale(filters / peak), columns, enlarge, 5)
     size = maps[0].shape[-1]
     sheet = Sheet(WIDTH, 40 + size + 64 + 60 + filters.shape[1], "What the embeddings learned",
@@ -650,10 +647,10 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
         ("patches", cells(cut(patches), side), f"{N} of {p} x {p} pixels"),
         ("mask", cells(masked, side), f"{hidden} of {N} hidden"),
         ("visible patches", cells(cut(visible), across), f"{K}, in shuffled order"),
-        ("tokens", with_class(means[noise[0].argsort()[:K]], across), f"{K} and the class token"),
+        ("tokens", with_class(means[noise[0].argsort()[:K]], across), "orange: the class token"),
         ("encoder", [f"{len(encoder.blocks)} blocks", f"{encoder.dim} wide",
                      f"{encoder.blocks[0].attn.heads} heads", "LayerNorm"], parameters(encoder)),
-        ("all places", with_class(unshuffled, side), f"{hidden} mask tokens"),
+        ("all places", with_class(unshuffled, side), f"blue: {hidden} mask tokens"),
         ("decoder", [f"{len(decoder.blocks)} blocks", f"{decoder.pos_embed.shape[-1]} wide",
                      f"{decoder.blocks[0].attn.heads} heads", "linear head"], parameters(decoder)),
         ("prediction", cells(cut(to_pixels(model, patches, pred)), side), "every patch"),
@@ -664,9 +661,9 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
     ]
     arrows = [      # shape of what moves on, what is done to it
         (batch(images), "cut up"), (batch(patches), "shuffle, mark"),
-        (batch(visible), f"keep the first {K}"),
+        (batch(patches), f"keep the first {K}"),
         (batch(visible), "embed, add positions, class token in front"), (batch(tokens), ""),
-        (batch(latent), "unshuffle"), (whole, "add positions"),
+        (batch(latent), "fill up, unshuffle"), (whole, "add positions"),
         (batch(pred), "the class token is dropped before the head"), (batch(pred), "subtract"),
         (batch(error), "square, mean"), ("()", "mean of the masked"),
     ]
@@ -761,12 +758,24 @@ def read_log(path: Path) -> list[dict[str, float]]:
         except ValueError:
             raise BadInput(f"{path}, line {number}: not a row of numbers; mend it or delete "
                            "it") from None
-        if not math.isfinite(rows[-1]["epoch"]):
+        if not 0 <= rows[-1]["epoch"] < 1e9:
             raise BadInput(f"{path}, line {number}: no epoch; mend it or delete it")
     odd = sum(not math.isfinite(value) for row in rows for value in row.values())
     if odd:
         print(f"note: {path}: {odd} values are not finite and are drawn as gaps", file=sys.stderr)
     return rows
+
+
+def data_set_of(run: Path) -> str:
+    """" (CIFAR-10)", for a legend, if the run's config.json is there to say so."""
+    try:
+        return f" ({title_of(json.loads((run / 'config.json').read_text())['settings']['dataset'])})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def title_of(dataset: str) -> str:
+    return data.SOURCES[dataset].title if dataset in data.SOURCES else str(dataset)
 
 
 def load_model(path: Path | str, kind: str | None = None) -> tuple[nn.Module, dict]:
@@ -784,10 +793,9 @@ def describe(path: Path | str, checkpoint: dict) -> str:
     """Whose checkpoint it is, in a caption: name of the run, data set, epoch."""
     path = Path(path).resolve()
     run = path.parent.name if path.stem in ("checkpoint", "weights") else path.stem
-    name = checkpoint["settings"]["dataset"]
     task = "pre-trained on" if checkpoint["kind"] == "pretrain" else "classifies"
-    title = data.SOURCES[name].title if name in data.SOURCES else name
-    return f"{run}, {task} {title}, epoch {checkpoint['epoch']}"
+    return f"{run}, {task} {title_of(checkpoint['settings']['dataset'])}, epoch " \
+           f"{checkpoint['epoch']}"
 
 
 HERE = Path(__file__).parent
@@ -809,7 +817,7 @@ def load_images(args: argparse.Namespace, dataset: str, size: int):
         if not (args.data_dir / data.SOURCES[name].folder).exists():
             files = sorted((HERE / "assets" / "examples").glob("*.png"))[:args.count]
             if not files:
-                raise BadInput(f"{data.SOURCES[name].title} is not in {args.data_dir}: give image "
+                raise BadInput(f"{title_of(name)} is not in {args.data_dir}: give image "
                                f"files, --data-dir, or --dataset {name} to download it")
     if files:
         images = torch.stack([read_image(file, size) for file in files])
@@ -822,7 +830,7 @@ def load_images(args: argparse.Namespace, dataset: str, size: int):
                        f"numbered 0 to {len(images) - 1}; see --indices and --count")
     chosen = list(chosen)
     names = [f"{i} {loaded.classes[label]}" for i, label in zip(chosen, labels[chosen].tolist())]
-    return images[chosen], names, f"{data.SOURCES[loaded.name].title} {args.split} images"
+    return images[chosen], names, f"{title_of(loaded.name)} {args.split} images"
 
 
 # ------------------------------------------------------------------------------ the program
@@ -881,7 +889,7 @@ def make_parser() -> argparse.ArgumentParser:
                        help="part of the patches that is hidden, between 0 and 1 (the model's)")
     added.add_argument("--raw", action="store_true", help="show the bare prediction, without the "
                        "visible patches pasted back")
-    added = command("ratios", run_ratios, "reconstructions at mask ratios from 50 %% to 95 %%",
+    added = command("ratios", run_ratios, "reconstructions at mask ratios from 0.5 to 0.95",
                     "ratios.png")
     model_flag(added)
     image_flags(added, 6)
@@ -904,7 +912,7 @@ def make_parser() -> argparse.ArgumentParser:
     added = command("attention", run_attention, "where the class token or a patch looks, head by "
                     "head", "attention.png")
     model_flag(added)
-    image_flags(added, 4)
+    image_flags(added, 3)
     added.add_argument("--patch", type=whole_numbers, metavar="ROW,COLUMN",
                        help="the patch that looks, counted from 0 (the class token looks)")
     added.add_argument("--block", type=data.number(int, 1), metavar="N",
@@ -961,10 +969,11 @@ def run_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
 
 
 def run_curves(args: argparse.Namespace) -> Image.Image:
-    runs = {}
+    runs, seen = {}, set()
     for path in args.logs:
         folder = path.resolve() if path.is_dir() else path.resolve().parent
-        runs[folder.name if folder.name not in runs else str(path)] = read_log(path)
+        label = f"{path if folder.name in seen else folder.name}{data_set_of(folder)}"
+        runs[label], seen = read_log(path), seen | {folder.name}
     return draw_curves(runs, args.x, args.log, args.metrics)
 
 
@@ -996,7 +1005,8 @@ def run_architecture(args: argparse.Namespace) -> Image.Image:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv or sys.argv[1:] or ["reconstruct"])
+    argv = sys.argv[1:] if argv is None else argv
+    args = make_parser().parse_args(argv or ["reconstruct"])
     if args.out.suffix not in args.kinds:
         raise BadInput(f"--out {args.out}: its name must end in {' or '.join(args.kinds)}")
     drawn = args.run(args)
