@@ -4,7 +4,7 @@ What goes in: the name of a data set and a folder. What comes out: `Dataset`, al
 uint8 tensor (n, 3, 32, 32) and all labels as one int64 tensor (n,), from which batches are cut,
 flipped, cropped and scaled by operations on the whole batch, wherever the tensors are.
 
-    errors        BadInput, and the one place that prints it
+    errors        BadInput, the one place that prints it, and flags that raise it
     files         written whole or not at all; checkpoints
     download      archive -> checked -> unpacked -> in place
     shapes        a data set of drawn shapes, for machines without CIFAR
@@ -14,21 +14,24 @@ flipped, cropped and scaled by operations on the whole batch, wherever the tenso
 CIFAR-10 and CIFAR-100: Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images;
 the binary format is described at https://www.cs.toronto.edu/~kriz/cifar.html.
 """
+import argparse
 import contextlib
 import dataclasses
 import hashlib
 import http.client
 import io
+import math
 import os
 import socket
 import sys
 import tarfile
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SIDE = 32                       # pixels
 PIXELS = 3 * SIDE * SIDE        # bytes of an image: channel by channel, row by row
@@ -54,6 +57,30 @@ def exit_on_bad_input():
     except KeyboardInterrupt as stop:
         print(f"\nstopped. {stop}".rstrip(), file=sys.stderr)
         sys.exit(143 if getattr(stop, "sigterm", False) else 130)
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags in error are bad input like any other: one line."""
+
+    def error(self, message: str):
+        raise BadInput(f"{message}; see {self.prog} --help")
+
+
+def number(kind: type, low: float, high: float = math.inf, open_ends: bool = False):
+    """A type for a flag: a finite number from `low` to `high`, the ends left out if `open_ends`."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        inside = low < value < high if open_ends else low <= value <= high
+        if not inside or math.isinf(value):
+            name = "a whole number" if kind is int else "a number"
+            ends = f"{'above' if open_ends else 'of at least'} {low}"
+            ends += f" and {'below' if open_ends else 'at most'} {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {ends}")
+        return value
+    return parse
 
 
 # ------------------------------------------------------------------------------ files
@@ -102,11 +129,13 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
         files = [path / "checkpoint.pt", path / "weights.pt"]
         path = next((file for file in files if file.exists()), files[0])
     try:
-        with open(path, "rb") as file:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        content = io.BytesIO(path.read_bytes())
     except OSError as error:
         raise BadInput(f"cannot read checkpoint {path}: {error.strerror}; give the checkpoint.pt "
                        "or weights.pt of a run, or its folder") from None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(content, map_location="cpu", weights_only=True)
     except Exception:   # what torch.load raises on damaged files has no common type
         raise BadInput(f"{path} is no checkpoint, or a damaged one; give the checkpoint.pt or "
                        "weights.pt of a run") from None
@@ -122,6 +151,15 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
         raise BadInput(f"{path} holds {wanted.get(checkpoint['kind'], 'something else')}, "
                        f"{wanted[kind]} is needed")
     return checkpoint
+
+
+def load_weights(model: nn.Module, state: dict, path: Path | str) -> None:
+    """Raises BadInput where the weights are not those of this model."""
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError):       # of another size, or not weights
+        raise BadInput(f"the weights in {path} do not fit the model that its settings "
+                       "describe: the file is damaged") from None
 
 
 # ------------------------------------------------------------------------------ download
@@ -246,7 +284,8 @@ def draw_shapes(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     assert tuple(kinds) == SHAPES
     inside = np.choose(labels[:, None, None], [clear(kind) for kind in kinds.values()])[:, None]
     ramp = clear(uniform(-1, 1, 1, 1) * (x - 16) / 16 + uniform(-1, 1, 1, 1) * (y - 16) / 16)
-    ground = uniform(0, 255, 3, 1, 1) * (1 - ramp[:, None]) + uniform(0, 255, 3, 1, 1) * ramp[:, None]
+    near, far = uniform(0, 255, 3, 1, 1), uniform(0, 255, 3, 1, 1)
+    ground = near + (far - near) * ramp[:, None]
     colour = (ground.mean((2, 3), keepdims=True) + uniform(70, 185, 3, 1, 1)) % 255
     picture = ground * (1 - inside) + colour * inside       # (n, 3, 32, 32)
     picture += rng.normal(size=picture.shape).astype(np.float32) * uniform(0, 12, 1, 1, 1)

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 import data
 import mae
 import pretrain as shared
-import visualize
 from data import BadInput
 from pretrain import MODELS, Machine
 
@@ -40,9 +39,9 @@ LINEAR = dict(epochs=50, warmup_epochs=5, batch_size=512, base_lr=1e-3, weight_d
               augment="none")       # with --mode linear, over those of the recipe
 
 
-def make_parser() -> shared.Parser:
+def make_parser() -> data.Parser:
     linear = ", ".join(f"{name} {value}" for name, value in LINEAR.items())
-    parser = shared.Parser(
+    parser = data.Parser(
         description="Fine-tune a pre-trained encoder, probe it, or train from scratch. Defaults "
         "in parentheses, where they depend on the recipe with its name.",
         epilog=f"With --mode linear, whatever the recipe: {linear}.", allow_abbrev=False)
@@ -54,7 +53,7 @@ def make_parser() -> shared.Parser:
     parser.add_argument("--mode", help="finetune: all weights learn; linear: only the head "
                         "(finetune)", choices=["finetune", "linear"])
     parser.add_argument("--labels-per-class", help="train on N random images of each class (all)",
-                        type=shared.number(int, 1), metavar="N")
+                        type=data.number(int, 1), metavar="N")
     parser.add_argument("--evaluate", help="print the test accuracy of a classifier and train "
                         "nothing", metavar="CHECKPOINT")
     return parser
@@ -170,11 +169,12 @@ def evaluate(given: dict, machine: Machine) -> None:
     settings.dataset = given.get("dataset", settings.dataset)
     settings.data_dir = given.get("data_dir", "data")
     model = shared.build("classifier", settings)
-    shared.load_weights(model, checkpoint["model"], given["evaluate"])
+    data.load_weights(model, checkpoint["model"], given["evaluate"])
     dataset = shared.load_data(settings, machine)
     if len(dataset.classes) != settings.num_classes:
         raise BadInput(f"{given['evaluate']} tells {settings.num_classes} classes apart, "
-                       f"{dataset.name} has {len(dataset.classes)}: name its data set with --dataset")
+                       f"{dataset.name} has {len(dataset.classes)}: name the right data set with "
+                       "--dataset")
     model.to(machine.device)
     loss, accuracy = test(model, dataset.test_images, dataset.test_labels, machine)
     if machine.main:
@@ -201,9 +201,9 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
         encoder = {name.removeprefix("encoder."): value for name, value in init["model"].items()
                    if name.startswith("encoder.")}
         head = {f"head.{name}": value for name, value in classifier.head.state_dict().items()}
-        shared.load_weights(classifier, {**encoder, **head}, settings.init)
+        data.load_weights(classifier, {**encoder, **head}, settings.init)
     if checkpoint:
-        shared.load_weights(classifier, checkpoint["model"], out)
+        data.load_weights(classifier, checkpoint["model"], out)
 
     plain, train_inputs, test_inputs = classifier, dataset.train_images, dataset.test_images
     if settings.mode == "linear":
@@ -212,7 +212,7 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
         train_inputs = compute_features(classifier, dataset.train_images, machine)
         test_inputs = compute_features(classifier, dataset.test_images, machine)
         if checkpoint:
-            shared.load_weights(plain, checkpoint["probe"], out)
+            data.load_weights(plain, checkpoint["probe"], out)
     model = shared.prepare_model(plain, machine)
     optimizer = shared.make_optimizer(plain, settings.weight_decay, betas=(0.9, 0.999))
     log = []
@@ -268,7 +268,7 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
                   f"{shared.time_left(log, settings.epochs)} left", flush=True)
         if machine.main:
             shared.save_weights(out, "classifier", settings, classifier.state_dict(), log)
-            visualize.save_png(visualize.draw_curves({out.name: log}), out / "curves.png")
+            shared.draw_log(out, dataset, log)
             print(f"done: {out}, test accuracy {log[-1]['test_accuracy']:.2f} %", flush=True)
 
 

@@ -67,31 +67,7 @@ TEST_IMAGES = 1000      # the first ones: for the test loss, and of them the pic
 PICTURED = 12
 
 
-class Parser(argparse.ArgumentParser):
-    """Flags in error are bad input like any other: one line."""
-
-    def error(self, message: str):
-        raise BadInput(f"{message}; see {self.prog} --help")
-
-
-def number(kind: type, low: float, high: float = math.inf, open_ends: bool = False):
-    """A type for a flag: a finite number from `low` to `high`, the ends left out if `open_ends`."""
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        inside = low < value < high if open_ends else low <= value <= high
-        if not inside or math.isinf(value):
-            name = "a whole number" if kind is int else "a number"
-            ends = f"{'above' if open_ends else 'of at least'} {low}"
-            ends += f" and {'below' if open_ends else 'at most'} {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {ends}")
-        return value
-    return parse
-
-
-def add_flag(parser: argparse.ArgumentParser, recipes: dict, flag: str, text: str, **kwargs) -> None:
+def add_flag(parser: data.Parser, recipes: dict, flag: str, text: str, **kwargs) -> None:
     """A flag whose default is the recipe's; the help says which that is."""
     name = flag.removeprefix("--").replace("-", "_")
     values = [f"{recipe}: {values[name]}" for recipe, values in recipes.items() if name in values]
@@ -99,12 +75,12 @@ def add_flag(parser: argparse.ArgumentParser, recipes: dict, flag: str, text: st
     parser.add_argument(flag, help=text.replace("%", "%%"), **kwargs)
 
 
-def add_common_flags(parser: argparse.ArgumentParser, recipes: dict) -> None:
+def add_common_flags(parser: data.Parser, recipes: dict) -> None:
     """The flags that pretrain.py and finetune.py share."""
     def flag(name: str, text: str, **kwargs) -> None:
         add_flag(parser, recipes, name, text, **kwargs)
 
-    positive, switch = number(int, 1), argparse.BooleanOptionalAction
+    positive, switch = data.number(int, 1), argparse.BooleanOptionalAction
     flag("--recipe", "set of defaults; any flag given by hand wins (auto: full on CUDA, else "
          "laptop)", choices=["auto", *recipes])
     flag("--dataset", "auto is CIFAR-10 where it is or can be downloaded, else the drawn shapes "
@@ -113,21 +89,23 @@ def add_common_flags(parser: argparse.ArgumentParser, recipes: dict) -> None:
     flag("--limit", "use the first N training images only (all)", type=positive, metavar="N")
     flag("--epochs", "passes over the training images", type=positive, metavar="N")
     flag("--warmup-epochs", "epochs in which the learning rate rises from 0, of those of --epochs",
-         type=number(float, 0), metavar="N")
+         type=data.number(float, 0), metavar="N")
     flag("--batch-size", "images per optimizer step, over all processes", type=positive,
          metavar="N")
     flag("--micro-batch-size", "images at once in one process; their gradients add up to those of "
          "the batch (what fits in memory)", type=positive, metavar="N")
     flag("--base-lr", "learning rate for a batch of 256; it grows with the batch",
-         type=number(float, 0, open_ends=True), metavar="LR")
-    flag("--weight-decay", "of AdamW, on weight matrices only", type=number(float, 0), metavar="W")
+         type=data.number(float, 0, open_ends=True), metavar="LR")
+    flag("--weight-decay", "of AdamW, on weight matrices only", type=data.number(float, 0),
+         metavar="W")
     flag("--patch-size", "side of a patch in pixels", type=positive, metavar="P")
     flag("--dim", "width of the encoder", type=positive, metavar="D")
     flag("--depth", "blocks of the encoder", type=positive, metavar="N")
     flag("--heads", "attention heads of the encoder", type=positive, metavar="N")
     flag("--augment", "flip: mirrored or not; crop: flips, and shifts by up to 4 pixels",
          choices=["none", "flip", "crop"])
-    flag("--seed", "of weights, order, augmentation and masks (0)", type=number(int, 0, 2**32 - 1))
+    flag("--seed", "of weights, order, augmentation and masks (0)",
+         type=data.number(int, 0, 2**32 - 1), metavar="S")
     flag("--device", "(auto: cuda, else mps, else cpu)", choices=["auto", "cpu", "cuda", "mps"])
     flag("--precision", "bf16 runs matrix products in bfloat16 (auto: bf16 where the processor "
          "multiplies it in hardware)", choices=["auto", "fp32", "bf16"])
@@ -139,27 +117,28 @@ def add_common_flags(parser: argparse.ArgumentParser, recipes: dict) -> None:
          action="store_const", const=True)
 
 
-def make_parser() -> Parser:
-    parser = Parser(description="Pre-train a masked autoencoder. Defaults in parentheses, where "
-                    "they depend on the recipe with its name.", allow_abbrev=False)
+def make_parser() -> data.Parser:
+    parser = data.Parser(allow_abbrev=False, description="Pre-train a masked autoencoder. Defaults "
+                         "in parentheses, where they depend on the recipe with its name.")
     add_common_flags(parser, RECIPES)
+    positive = data.number(int, 1)
 
     def flag(name: str, text: str, **kwargs) -> None:
         add_flag(parser, RECIPES, name, text, **kwargs)
 
     flag("--mask-ratio", "part of the patches that is hidden, between 0 and 1", metavar="R",
-         type=number(float, 0, 1, open_ends=True))
+         type=data.number(float, 0, 1, open_ends=True))
     flag("--norm-pix-loss", "predict each patch normalised by its own mean and deviation",
          action=argparse.BooleanOptionalAction)
-    flag("--decoder-dim", "width of the decoder", type=number(int, 1), metavar="D")
-    flag("--decoder-depth", "blocks of the decoder", type=number(int, 1), metavar="N")
-    flag("--decoder-heads", "attention heads of the decoder", type=number(int, 1), metavar="N")
+    flag("--decoder-dim", "width of the decoder", type=positive, metavar="D")
+    flag("--decoder-depth", "blocks of the decoder", type=positive, metavar="N")
+    flag("--decoder-heads", "attention heads of the decoder", type=positive, metavar="N")
     flag("--picture-every", "draw reconstructions every N epochs, after the first and the last",
-         type=number(int, 1), metavar="N")
+         type=positive, metavar="N")
     return parser
 
 
-def parse_flags(parser: Parser, argv: list[str] | None) -> dict:
+def parse_flags(parser: data.Parser, argv: list[str] | None) -> dict:
     """The flags that were given by hand. Raises BadInput."""
     given = {name: value for name, value in vars(parser.parse_args(argv)).items()
              if value is not None}
@@ -219,6 +198,7 @@ class Machine:
     precision: str              # "fp32" or "bf16"
     compile: bool
     rank: int = 0               # of this process
+    local_rank: int = 0         # of this process among those on its computer
     processes: int = 1
 
     @property
@@ -258,7 +238,7 @@ def multiplies_bf16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "cpu":
-        capabilities = torch.cpu.get_capabilities()
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()   # not in older torch
         return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     return False
 
@@ -269,7 +249,8 @@ def on_machine(given: dict):
 
     Raises BadInput where the device is not there or cannot do what was asked for.
     """
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, local_rank, processes = (int(os.environ.get(name, default)) for name, default in
+                                   [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)])
     name = given.get("device", "auto")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
@@ -288,8 +269,7 @@ def on_machine(given: dict):
         raise BadInput("--compile needs a C++ compiler (g++ or clang++): install one, or leave the "
                        "flag out")
     compiled = given.get("compile", name == "cuda" and compiler is not None)
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" \
-        else torch.device(name)
+    device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
     if name == "cuda":
         torch.cuda.set_device(device)
     keep_freed_memory()
@@ -297,7 +277,7 @@ def on_machine(given: dict):
     if processes > 1:
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
     try:
-        yield Machine(device, precision, compiled, rank, processes)
+        yield Machine(device, precision, compiled, rank, local_rank, processes)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -500,15 +480,6 @@ def load_run(out: Path, kind: str) -> dict:
     return checkpoint
 
 
-def load_weights(model: nn.Module, state: dict, path: Path) -> None:
-    """Raises BadInput where the weights are not those of this model."""
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError):       # of another size, or not weights
-        raise BadInput(f"the weights in {path} do not fit the model that its settings "
-                       "describe: the file is damaged") from None
-
-
 def write_config(out: Path, settings: argparse.Namespace, machine: Machine, micro: int,
                  dataset: data.Dataset) -> None:
     """config.json: everything needed to repeat the run."""
@@ -587,6 +558,11 @@ def log_row(epoch: int, values: dict, lr: float, started: float, trained: float,
             "peak_memory_mb": peak_memory_mb(machine.device)}
 
 
+def draw_log(out: Path, dataset: data.Dataset, log: list[dict]) -> None:
+    picture = visualize.draw_curves({out.name: log}, caption=visualize.title_of(dataset.name))
+    visualize.save_png(picture, out / "curves.png")
+
+
 def time_left(log: list[dict], epochs: int) -> str:
     """hours:minutes:seconds for the epochs to come, at the pace of the last ones."""
     pace = statistics.median(row["seconds"] for row in log[-5:])
@@ -598,16 +574,18 @@ def time_left(log: list[dict], epochs: int) -> str:
 
 
 def load_data(settings: argparse.Namespace, machine: Machine) -> data.Dataset:
-    """The data set on the device; only the main process downloads. Raises BadInput."""
-    if machine.main:
-        dataset = data.load_dataset(settings.dataset, settings.data_dir)
-        settings.dataset = dataset.name
-    if machine.processes > 1:
-        name = [settings.dataset]
-        dist.broadcast_object_list(name)                    # the other processes wait here
-        settings.dataset, = name
-    if not machine.main:
-        dataset = data.load_dataset(settings.dataset, settings.data_dir)
+    """The data set on the device. Only the main process downloads, and where there are several
+    machines the first process of each. Raises BadInput."""
+    turn = 0 if machine.main else 1 if machine.local_rank == 0 else 2
+    for now in range(3):
+        if now == turn:
+            dataset = data.load_dataset(settings.dataset, settings.data_dir)
+        if machine.processes > 1:
+            name = [dataset.name if machine.main else None]
+            dist.broadcast_object_list(name)
+            settings.dataset = name[0]                      # what "auto" turned out to be
+            dist.barrier()
+    settings.dataset = dataset.name
     return (dataset.first(settings.limit) if settings.limit else dataset).to(machine.device)
 
 
@@ -711,7 +689,7 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
     if machine.main and not checkpoint and not benchmark:
         check_free(out, "pretrain.py")
     if checkpoint:
-        load_weights(plain, checkpoint["model"], out)
+        data.load_weights(plain, checkpoint["model"], out)
     model = prepare_model(plain, machine)
     optimizer = make_optimizer(plain, settings.weight_decay, betas=(0.9, 0.95))
     log = []
@@ -755,7 +733,7 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
                 with machine.eager():
                     picture = visualize.reconstruction_grid(
                         plain, test_images[:PICTURED], noise[:PICTURED],
-                        f"{dataset.name} test images · {out.name}", epoch=epoch)
+                        f"{visualize.title_of(dataset.name)} test images · {out.name}", epoch=epoch)
                 visualize.save_png(picture, out / "reconstructions" / f"epoch-{epoch:04}.png")
             save_epoch(out, "pretrain", settings, plain, optimizer, log)
             print(f"epoch {epoch}/{settings.epochs}  loss {values['loss']:.4f}  test loss "
@@ -763,7 +741,7 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
                   f"{time_left(log, settings.epochs)} left", flush=True)
         if machine.main:
             save_weights(out, "pretrain", settings, plain.state_dict(), log)
-            visualize.save_png(visualize.draw_curves({out.name: log}), out / "curves.png")
+            draw_log(out, dataset, log)
             print(f"done: {out}", flush=True)
 
 

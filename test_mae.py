@@ -40,7 +40,8 @@ from mae import MAEViT, PatchShuffle, ViTClassifier, patchify, unpatchify
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)     # models this small gain nothing from more
-TINY = dict(patch_size=8, dim=16, depth=2, heads=2, decoder_dim=12, decoder_depth=1, decoder_heads=2)
+TINY = dict(patch_size=8, dim=16, depth=2, heads=2, decoder_dim=12, decoder_depth=1,
+            decoder_heads=2)
 
 
 def random_images(count: int, side: int = 32, seed: int = 0) -> torch.Tensor:
@@ -75,7 +76,8 @@ def test_unpatchify_undoes_patchify(patch_size):
     assert torch.equal(unpatchify(patchify(images, patch_size), patch_size), images)
 
 
-@pytest.mark.parametrize("N, mask_ratio", [(256, 0.75), (64, 0.75), (16, 0.5), (100, 0.9), (7, 0.3)])
+@pytest.mark.parametrize("N, mask_ratio", [(256, 0.75), (64, 0.75), (16, 0.5), (100, 0.9),
+                                           (7, 0.3)])
 def test_shuffle_masks_exactly_and_restore_undoes_it(N, mask_ratio):
     tokens = torch.arange(5 * N * 2, dtype=torch.float32).view(5, N, 2)
     visible, restore, mask = PatchShuffle(mask_ratio)(tokens)
@@ -350,8 +352,10 @@ def test_augmentation_flips_and_shifts_whole_images():
     cropped, seen = data.augment(images, "crop", generator), set()
     padded = torch.nn.functional.pad(images.float(), (4, 4, 4, 4), mode="reflect").to(torch.uint8)
     for image, result in zip(padded, cropped):
-        ways = [(dy, dx, flip) for dy, dx, flip in itertools.product(range(9), range(9), (0, 1))
-                if torch.equal(result, (image.flip(2) if flip else image)[:, dy:dy + 32, dx:dx + 32])]
+        mirrored = image.flip(2)
+        ways = [(dy, dx, source is mirrored) for dy, dx, source in
+                itertools.product(range(9), range(9), (image, mirrored))
+                if torch.equal(result, source[:, dy:dy + 32, dx:dx + 32])]
         assert len(ways) == 1
         seen.update(ways)
     assert len(seen) > 140                              # of 162
@@ -790,7 +794,7 @@ FLAG_FAULTS = [
     (pretrain, "--epoch 3", "unrecognized arguments: --epoch 3"),
     (pretrain, "--resume", "--resume needs --out"),
     (pretrain, "--resume --out {empty}", "holds no run"),
-    (pretrain, "--out {runs}/pretrain", "already holds a run: go on with `python pretrain.py --out"),
+    (pretrain, "--out {runs}/pretrain", "already holds a run: go on with `python pretrain.py"),
     (pretrain, "--out {runs}/pretrain --resume --dim 32", "--dim 32 contradicts the run"),
     (pretrain, "--out {runs}/pretrain --resume --epochs 2", "--epochs 2 contradicts the run"),
     (pretrain, "--out {runs}/pretrain --resume --norm-pix-loss", "--norm-pix-loss"),
@@ -1045,3 +1049,195 @@ def test_checkpoints_that_cannot_be(fault, runs, tmp_path, small, data_dir):
                          "--out", tmp_path / "x.png"])]:
         assert_bad_input(tmp_path, message, program, *flags)
     assert not (HERE / "evil-was-here").exists()
+
+
+# ------------------------------------------------------------------------------ pictures
+
+
+def test_a_reconstruction_shows_what_was_masked_predicted_and_there():
+    model, images, noise = tiny_mae(), data.unscale(random_images(3)), random_noise(3, 16)
+    _, pred, mask = model(data.scale(images), noise)
+    hidden = mask.view(3, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).bool()
+    hidden = hidden.expand(-1, 3, -1, -1)
+    predicted = data.unscale(unpatchify(pred, 8))
+    tiles, errors = visualize.reconstruct(model, images, noise)
+    masked, filled, original = tiles.unbind(dim=1)
+    assert torch.equal(original, images)
+    assert torch.equal(masked, torch.where(hidden, visualize.HIDDEN, images))
+    assert torch.equal(filled, torch.where(hidden, predicted, images))
+    assert torch.equal(visualize.reconstruct(model, images, noise, raw=True)[0][:, 1], predicted)
+    for i in range(3):
+        loss = model(data.scale(images[i:i + 1]), noise[i:i + 1])[0]
+        assert errors[i].item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_normalised_predictions_are_brought_back_to_pixels():
+    model, patches = tiny_mae(norm_pix_loss=True), patchify(random_images(2), 8)
+    back = visualize.to_pixels(model, patches, mae.normalize_patches(patches))
+    torch.testing.assert_close(back, patches, rtol=1e-4, atol=1e-5)
+
+
+def test_the_timeline_cuts_its_tiles_out_of_the_pictures_exactly(tmp_path):
+    model, images, noise = tiny_mae(), data.unscale(random_images(5)), random_noise(5, 16)
+    picture = visualize.reconstruction_grid(model, images, noise, "noise", epoch=7)
+    visualize.save_png(picture, tmp_path / "epoch-0007.png")
+    epoch, caption, tiles = visualize.read_tiles(tmp_path / "epoch-0007.png")
+    assert epoch == 7 and caption.startswith("noise")
+    assert torch.equal(tiles, visualize.reconstruct(model, images, noise)[0])
+
+
+PICTURES = [
+    "reconstruct --checkpoint {runs}/pretrain --indices 3,1,12",
+    "reconstruct --checkpoint {runs}/pretrain --count 2 --raw --split train --mask-ratio 0.5",
+    "ratios --checkpoint {runs}/pretrain",
+    "timeline {runs}/pretrain",
+    "timeline {runs}/pretrain --out x.gif",
+    "timeline {runs}/pretrain --out x.webp",
+    "curves {runs}/pretrain --log",
+    "curves {runs}/finetune {runs}/scratch/log.csv {runs}/linear --x time",
+    "attention --checkpoint {runs}/pretrain",
+    "attention --checkpoint {runs}/finetune --patch 1,2 --block 1",
+    "embeddings --checkpoint {runs}/pretrain",
+    "embeddings --checkpoint {runs}/linear",
+    "architecture --checkpoint {runs}/pretrain",
+]
+
+
+@pytest.mark.parametrize("flags", PICTURES)
+def test_every_picture_is_drawn(flags, runs, data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = flags.split()[0]
+    flags = shlex.split(flags.format(runs=runs["pretrain"].parent))
+    if name not in ("timeline", "curves", "embeddings"):
+        flags += ["--data-dir", data_dir]
+    out = succeed(visualize, *flags)
+    file, = tmp_path.iterdir()
+    assert out.endswith(f"wrote {file.name}\n")
+    with Image.open(file) as picture:
+        if file.suffix != ".png":
+            assert picture.n_frames == 3
+        assert picture.width >= 640
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20
+    if name == "reconstruct":
+        assert len(re.findall("error [0-9.]+", out)) >= 2
+
+
+def test_curves_of_runs_of_different_length_differ_in_colour(tmp_path):
+    rows = [{"epoch": e, "train_loss": 2 - e / 9, "test_loss": 2 - e / 10, "train_accuracy": 9.0 * e,
+             "test_accuracy": 8.0 * e, "lr": 0.1, "seconds": 3.0} for e in range(1, 9)]
+    picture = visualize.draw_curves({"long": rows, "short": rows[:3]})
+    colors = [color for _, color in picture.getcolors(1 << 20)]
+    assert all(color in colors for color in visualize.COLORS[:2])
+    assert visualize.COLORS[0] in [color for _, color in visualize.draw_curves(
+        {"one": rows[:1]}).getcolors(1 << 20)]              # a single epoch is a dot
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_pictures_of_every_kind_simply_work(runs, tmp_path):
+    square = Image.fromarray(data.unscale(random_images(1))[0].permute(1, 2, 0).numpy())
+    exif = Image.Exif()
+    exif[0x0112] = 6                                        # stored lying on its left side
+    deep = Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64)
+    kinds = {
+        "rgba.png": encode(square.convert("RGBA")), "palette.png": encode(square.quantize(64)),
+        "grey.png": encode(square.convert("L")), "16-bit.png": encode(deep),
+        "1x1.png": encode(square.crop((0, 0, 1, 1))), "wide.png": encode(square.resize((99, 7))),
+        "turned.jpg": encode(square.rotate(90), "JPEG", exif=exif, quality=100, subsampling=0)}
+    for name, content in kinds.items():
+        (tmp_path / name).write_bytes(content)
+    out = succeed(visualize, "reconstruct", *(tmp_path / name for name in kinds), "--checkpoint",
+                  runs["pretrain"], "--out", tmp_path / "out.png")
+    assert all(Path(name).stem in out for name in kinds)
+    upright = visualize.read_image(tmp_path / "turned.jpg", 32).permute(1, 2, 0).numpy()
+    assert abs(upright.astype(int) - np.asarray(square)).mean() < 8
+    assert (visualize.read_image(tmp_path / "rgba.png", 32).permute(1, 2, 0).numpy()
+            == np.asarray(square)).all()
+    bright = visualize.read_image(tmp_path / "16-bit.png", 32)[0].numpy()
+    assert abs(bright.astype(int) - np.asarray(deep) // 256).max() <= 1
+
+
+BROKEN_PICTURES = {"missing": None, "not an image": b"<html>", "empty": b"",
+                   "truncated": encode(Image.new("RGB", (500, 500)), compress_level=0)[:9000],
+                   "a decompression bomb": encode(Image.new("1", (14_000, 14_000)))}
+
+
+@pytest.mark.parametrize("fault", BROKEN_PICTURES)
+def test_pictures_that_cannot_be(fault, runs, tmp_path):
+    file = tmp_path / "picture.png"
+    if BROKEN_PICTURES[fault] is not None:
+        file.write_bytes(BROKEN_PICTURES[fault])
+    assert_bad_input(tmp_path, f"cannot read the picture {file}", visualize, "reconstruct", file,
+                     "--checkpoint", runs["pretrain"], "--out", tmp_path / "out.png")
+
+
+BROKEN_LOGS = {
+    "missing": (None, "No such file"),
+    "empty": ("", "no log.csv"),
+    "header alone": ("epoch,loss,test_loss,lr,seconds\n", "no epoch yet"),
+    "half a row": ("epoch,loss,test_loss,lr,seconds\n1,0.5,0.4,0.1,3\n2,0.4,0.", "line 3"),
+    "other columns": ("time,value\n1,2\n", "no log.csv"),
+    "words": ("epoch,loss,test_loss,lr,seconds\n1,much,0.4,0.1,3\n", "line 2"),
+    "binary": ("\0\1\2", "no log.csv"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN_LOGS)
+def test_logs_that_cannot_be(fault, tmp_path):
+    text, message = BROKEN_LOGS[fault]
+    if text is not None:
+        (tmp_path / "log.csv").write_text(text)
+    assert_bad_input(tmp_path, message, visualize, "curves", tmp_path / "log.csv", "--out",
+                     tmp_path / "out.png")
+
+
+def test_a_log_with_nan_is_drawn_with_a_gap_and_says_so(tmp_path):
+    (tmp_path / "log.csv").write_text("epoch,loss,test_loss,lr,seconds\n1,0.5,0.4,0.1,3\n"
+                                      "2,nan,0.4,0.1,3\n3,0.3,0.4,0.1,3\n")
+    status, _, err = run(visualize, "curves", tmp_path / "log.csv", "--out", tmp_path / "out.png")
+    assert status == 0 and "1 values are not finite" in err and (tmp_path / "out.png").exists()
+
+
+# ------------------------------------------------------------------------------ the README
+
+
+README = (HERE / "README.md").read_text()
+COMMANDS = re.findall(r"^    (?:python|torchrun .*?) ?((?:pretrain|finetune|visualize)\.py.*)$",
+                      README, re.MULTILINE)
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_every_command_in_the_readme_works(data_dir, tmp_path, monkeypatch):
+    """In the order of the README, on 200 images and a small model; a later flag wins."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink(data_dir, "data")
+    os.symlink(HERE / "results", "results")
+    small = shlex.split("--limit 64 --epochs 1 --warmup-epochs 0 --batch-size 32 --device cpu "
+                        "--precision fp32")
+    model = shlex.split("--dim 48 --depth 1 --heads 3")
+    decoder = shlex.split("--decoder-dim 48 --decoder-depth 1 --decoder-heads 3")
+    assert len(COMMANDS) > 25
+    done = []
+    for command in COMMANDS:
+        file, *flags = shlex.split(command)
+        program = {"pretrain.py": pretrain, "finetune.py": finetune, "visualize.py": visualize}[file]
+        if program is not visualize and not {"--resume", "--evaluate"} & set(flags):
+            flags += small + (model if "--init" not in flags else [])
+            flags += decoder if program is pretrain else []
+            if command in done:                             # the same run, with torchrun
+                flags += ["--out", f"runs/{len(done)}"]
+        status, _, err = run(program, *flags)
+        assert status == 0, f"{command}: {err}"
+        done.append(command)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[-1])
+def test_every_snippet_in_the_readme_works(snippet, monkeypatch):
+    if "timm" in snippet:
+        pytest.importorskip("timm", reason="timm is not installed")
+    monkeypatch.chdir(HERE)
+    exec(snippet, {})

@@ -329,7 +329,7 @@ def read_tiles(path: Path) -> tuple[int, str, Tensor]:
             raise ValueError("tiles outside of the picture")
         tiles = torch.from_numpy(tiles).permute(0, 1, 4, 2, 3)
         return int(about["epoch"]), str(about["caption"]), tiles
-    except (KeyError, IndexError, TypeError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError):
         raise BadInput(f"{path} is not a picture that pretrain.py drew of an epoch; delete it, or "
                        "give another run") from None
 
@@ -415,7 +415,7 @@ def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title
     left, top, right, bottom = box[0] + 96, box[1] + 44, box[2] - 16, box[3] - 76
     every_x = np.concatenate([xs for xs, _, _, _ in lines])
     every_y = np.concatenate([ys[np.isfinite(ys)] for _, ys, _, _ in lines])
-    sheet.text(left, box[1] + 8, title)
+    sheet.text(left, box[1] + 32, title, anchor="ls", fit=right - left)
     sheet.text((left + right) / 2, bottom + 44, x_title, 22, GREY, "ma")
     sheet.draw.line([(left, top), (left, bottom), (right, bottom)], GREY, 2)
     if not len(every_y):
@@ -485,8 +485,8 @@ def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False
             right, down = 0, down + 38
         places.append((MARGIN + right, down))
         right += needed
-    across = min(2, len(shown))
-    width, height = (WIDTH - 2 * MARGIN) // across, 500
+    across = 3 if len(shown) == 3 else min(2, len(shown))
+    width, height = (WIDTH - 2 * MARGIN) // across, 460
     sheet = Sheet(WIDTH, down + 50 + height * -(-len(shown) // across), "Training curves", caption)
     for (label, color, dashed), (left, down) in zip(legend, places):
         y = sheet.top + down + 18
@@ -562,8 +562,8 @@ def draw_embeddings(model: nn.Module, caption: str) -> Image.Image:
     encoder = encoder_of(model)
     side = encoder.image_size // encoder.patch_size
     positions = {"encoder": encoder.pos_embed[0]}           # (N, D)
-    if isinstance(model, mae.MAEViT):
-        positions["decoder"] = model.decoder.pos_embed[0, 1:]   # (N, D'), the class token's left out
+    if isinstance(model, mae.MAEViT):                       # (N, D'), without the class token's
+        positions["decoder"] = model.decoder.pos_embed[0, 1:]
     half = (WIDTH - 2 * MARGIN - 40) // 2
     maps = []
     for embedding in positions.values():
@@ -638,8 +638,8 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
     masked = cut(patches).masked_fill(where[:, None, None, None], HIDDEN)
     means = cut(patches).float().mean(dim=(2, 3)).to(torch.uint8)       # (N, 3)
     unshuffled = torch.where(where[:, None], torch.tensor(SLATE, dtype=torch.uint8), means)
-    errors = torch.where(where[:, None, None, None], heat((error[0] / error.max())[:, None, None]),
-                         HIDDEN)
+    errors = heat((error / (error * mask).max())[0, :, None, None])     # (N, 3, 1, 1)
+    errors = errors.masked_fill(~where[:, None, None, None], HIDDEN)
     whole = batch(decoder.pos_embed.expand(1, -1, -1))      # (B, 1 + N, D')
     stages = [      # title, picture or the lines in a box, note
         ("images", image.repeat_interleave(STAGE // image.shape[-1], 1).repeat_interleave(
@@ -653,7 +653,8 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
         ("all places", with_class(unshuffled, side), f"blue: {hidden} mask tokens"),
         ("decoder", [f"{len(decoder.blocks)} blocks", f"{decoder.pos_embed.shape[-1]} wide",
                      f"{decoder.blocks[0].attn.heads} heads", "linear head"], parameters(decoder)),
-        ("prediction", cells(cut(to_pixels(model, patches, pred)), side), "every patch"),
+        ("prediction", cells(cut(to_pixels(model, patches, pred)), side),
+         "not learned where visible"),
         ("original", cells(cut(patches), side), "every patch"),
         ("squared error", cells(errors, side), "visible patches do not count"),
         ("loss", [f"{float((error * mask).sum() / mask.sum()):.4f}"],
@@ -766,16 +767,18 @@ def read_log(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def data_set_of(run: Path) -> str:
-    """" (CIFAR-10)", for a legend, if the run's config.json is there to say so."""
-    try:
-        return f" ({title_of(json.loads((run / 'config.json').read_text())['settings']['dataset'])})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-
-
 def title_of(dataset: str) -> str:
     return data.SOURCES[dataset].title if dataset in data.SOURCES else str(dataset)
+
+
+def name_log(path: Path) -> str:
+    """A log's name in a legend: that of its folder and, if config.json tells, the data set."""
+    folder = path.resolve() if path.is_dir() else path.resolve().parent
+    try:
+        settings = json.loads((folder / "config.json").read_text())["settings"]
+        return f"{folder.name} ({title_of(settings['dataset'])})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder.name
 
 
 def load_model(path: Path | str, kind: str | None = None) -> tuple[nn.Module, dict]:
@@ -836,98 +839,6 @@ def load_images(args: argparse.Namespace, dataset: str, size: int):
 # ------------------------------------------------------------------------------ the program
 
 
-def whole_numbers(text: str) -> list[int]:
-    """"0,3,12" -> [0, 3, 12]; for a flag."""
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 0,3,12")
-    return [int(part) for part in parts]
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = data.Parser(description="Draw a picture. `visualize.py SUBCOMMAND --help` explains "
-                         "its flags; without arguments: reconstruct.", allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
-
-    def command(name: str, run, text: str, out: str, kinds=(".png",)):
-        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] +
-                                    ". Defaults in parentheses.", allow_abbrev=False)
-        added.add_argument("--out", help=f"file to write, {' or '.join(kinds)} ({out})",
-                           metavar="FILE", type=Path, default=Path(out))
-        added.set_defaults(run=run, kinds=kinds)
-        return added
-
-    def model_flag(added, default: Path | None = HERE / "results" / "laptop-pretrain") -> None:
-        where = f"results/{default.name}" if default else "an untrained default model"
-        added.add_argument("--checkpoint", metavar="FILE", default=default, type=Path,
-                           help=f"checkpoint, or a run's folder ({where})")
-
-    def image_flags(added, count: int) -> None:
-        added.add_argument("images", nargs="*", metavar="IMAGE", help="image files, cut to their "
-                           "middle square and resized (images of the data set)")
-        added.add_argument("--indices", type=whole_numbers, metavar="I,J,...",
-                           help="which images of the data set, counted from 0 (the first ones)")
-        added.add_argument("--count", type=data.number(int, 1, 60), default=count, metavar="N",
-                           help=f"how many of them ({count})")
-        added.add_argument("--split", choices=["train", "test"], default="test",
-                           help="training or test images (test)")
-        added.add_argument("--dataset", choices=list(data.SOURCES), help="data set, downloaded if "
-                           "it is missing (the checkpoint's; never downloaded)")
-        added.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR",
-                           help="folder of the data sets' folders (data)")
-
-    def seed_flag(added) -> None:
-        added.add_argument("--seed", type=data.number(int, 0, 2**32 - 1), default=0, metavar="S",
-                           help="of the masks (0)")
-
-    added = command("reconstruct", run_reconstruct, "masked, reconstruction and original of "
-                    "images; prints the error of each", "reconstruction.png")
-    model_flag(added)
-    image_flags(added, 12)
-    seed_flag(added)
-    added.add_argument("--mask-ratio", type=data.number(float, 0, 1, open_ends=True), metavar="R",
-                       help="part of the patches that is hidden, between 0 and 1 (the model's)")
-    added.add_argument("--raw", action="store_true", help="show the bare prediction, without the "
-                       "visible patches pasted back")
-    added = command("ratios", run_ratios, "reconstructions at mask ratios from 0.5 to 0.95",
-                    "ratios.png")
-    model_flag(added)
-    image_flags(added, 6)
-    seed_flag(added)
-    added = command("timeline", run_timeline, "the same images and masks at several epochs of a "
-                    "run", "timeline.png", (".png", ".gif", ".webp"))
-    added.add_argument("folder", metavar="RUN", type=Path, help="folder of a run of pretrain.py")
-    added.add_argument("--count", type=data.number(int, 1, 60), default=6, metavar="N",
-                       help="how many of its images (6)")
-    added = command("curves", run_curves, "losses, accuracies and learning rates of runs",
-                    "curves.png")
-    added.add_argument("logs", nargs="+", metavar="RUN_OR_CSV", type=Path,
-                       help="folders of runs, or their log.csv")
-    added.add_argument("--x", choices=["epoch", "time"], default="epoch",
-                       help="the horizontal axis: epochs, or time of training and testing (epoch)")
-    added.add_argument("--log", action="store_true", help="logarithmic vertical axes, but for "
-                       "accuracy")
-    added.add_argument("--metric", action="append", choices=list(METRICS), dest="metrics",
-                       help=f"what to draw; may be repeated ({', '.join(USUAL)})")
-    added = command("attention", run_attention, "where the class token or a patch looks, head by "
-                    "head", "attention.png")
-    model_flag(added)
-    image_flags(added, 3)
-    added.add_argument("--patch", type=whole_numbers, metavar="ROW,COLUMN",
-                       help="the patch that looks, counted from 0 (the class token looks)")
-    added.add_argument("--block", type=data.number(int, 1), metavar="N",
-                       help="the block, counted from 1 (the last)")
-    added = command("embeddings", run_embeddings, "similarity of the position embeddings, and the "
-                    "filters of the patch embedding", "embeddings.png")
-    model_flag(added)
-    added = command("architecture", run_architecture, "a batch on its way through the model, with "
-                    "all shapes", "architecture.png")
-    model_flag(added, None)
-    image_flags(added, 1)
-    seed_flag(added)
-    return parser
-
-
 def draw_noise(images: Tensor, model: mae.MAEViT, seed: int) -> Tensor:
     generator = data.seeded_generator("cpu", seed)
     return torch.rand(len(images), model.encoder.num_patches, generator=generator)     # (B, N)
@@ -965,15 +876,14 @@ def run_ratios(args: argparse.Namespace) -> Image.Image:
 
 def run_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
     draw = draw_timeline if args.out.suffix == ".png" else draw_frames
-    return draw(read_run_pictures(args.folder), args.folder.resolve().name, args.count)
+    return draw(read_run_pictures(args.RUN), args.RUN.resolve().name, args.count)
 
 
 def run_curves(args: argparse.Namespace) -> Image.Image:
-    runs, seen = {}, set()
+    runs = {}
     for path in args.logs:
-        folder = path.resolve() if path.is_dir() else path.resolve().parent
-        label = f"{path if folder.name in seen else folder.name}{data_set_of(folder)}"
-        runs[label], seen = read_log(path), seen | {folder.name}
+        label = name_log(path)
+        runs[label if label not in runs else str(path)] = read_log(path)
     return draw_curves(runs, args.x, args.log, args.metrics)
 
 
@@ -1004,11 +914,88 @@ def run_architecture(args: argparse.Namespace) -> Image.Image:
     return draw_architecture(model, images[0], draw_noise(images[:1], model, args.seed), caption)
 
 
+def whole_numbers(text: str) -> list[int]:
+    """"0,3,12" -> [0, 3, 12]; for a flag."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 0,3,12")
+    return [int(part) for part in parts]
+
+
+FLAGS = {
+    "images": dict(nargs="*", metavar="IMAGE", help="image files, cut to their middle square and "
+                   "resized (images of the data set)"),
+    "RUN": dict(metavar="RUN", type=Path, help="folder of a run of pretrain.py"),
+    "logs": dict(nargs="+", metavar="RUN_OR_CSV", type=Path, help="folders of runs, or log.csv "
+                 "files of runs"),
+    "--checkpoint": dict(metavar="FILE", type=Path, help="checkpoint, or a run's folder "
+                         "(results/laptop-pretrain; for the architecture an untrained model)"),
+    "--indices": dict(type=whole_numbers, metavar="I,J,...", help="which images of the data set, "
+                      "counted from 0 (the first ones)"),
+    "--count": dict(type=data.number(int, 1, 60), metavar="N",
+                    help="how many images (%(default)s)"),
+    "--split": dict(choices=["train", "test"], default="test", help="(%(default)s)"),
+    "--dataset": dict(choices=list(data.SOURCES), help="data set, downloaded if it is missing (the "
+                      "checkpoint's, never downloaded)"),
+    "--data-dir": dict(type=Path, default=Path("data"), metavar="DIR", help="folder of the data "
+                       "sets' folders (%(default)s)"),
+    "--seed": dict(type=data.number(int, 0, 2**32 - 1), default=0, metavar="S", help="of the masks "
+                   "(%(default)s)"),
+    "--mask-ratio": dict(type=data.number(float, 0, 1, open_ends=True), metavar="R", help="part of "
+                         "the patches that is hidden, between 0 and 1 (the model's)"),
+    "--raw": dict(action="store_true", help="show the bare prediction, without the visible patches "
+                  "pasted back"),
+    "--x": dict(choices=["epoch", "time"], default="epoch", help="horizontal axis: epochs, or the "
+                "time that training and testing took (%(default)s)"),
+    "--log": dict(action="store_true", help="logarithmic vertical axes, but for accuracy"),
+    "--metric": dict(action="append", choices=list(METRICS), dest="metrics", help="what to draw; "
+                     f"may be repeated ({', '.join(USUAL)})"),
+    "--patch": dict(type=whole_numbers, metavar="ROW,COLUMN", help="the patch that looks, counted "
+                    "from 0 (the class token looks)"),
+    "--block": dict(type=data.number(int, 1), metavar="N", help="block of the encoder, counted "
+                    "from 1 (the last)"),
+    "--out": dict(type=Path, metavar="FILE", help="file to write (%(default)s)"),
+}
+IMAGES = ("images", "--checkpoint", "--indices", "--count", "--split", "--dataset", "--data-dir")
+SHIPPED = HERE / "results" / "laptop-pretrain"
+COMMANDS = {    # name: (function, what it draws, flags, their defaults)
+    "reconstruct": (run_reconstruct, "masked, reconstruction and original; prints each error",
+                    (*IMAGES, "--seed", "--mask-ratio", "--raw"),
+                    dict(checkpoint=SHIPPED, count=12, out=Path("reconstruction.png"))),
+    "ratios": (run_ratios, "reconstructions at mask ratios from 0.5 to 0.95", (*IMAGES, "--seed"),
+               dict(checkpoint=SHIPPED, count=6)),
+    "timeline": (run_timeline, "the same images and masks over a run; .png is a sheet, .gif and "
+                 ".webp are animations", ("RUN", "--count"), dict(count=6)),
+    "curves": (run_curves, "losses, accuracies and learning rates of runs",
+               ("logs", "--x", "--log", "--metric"), {}),
+    "attention": (run_attention, "where the class token or a patch looks, head by head",
+                  (*IMAGES, "--patch", "--block"), dict(checkpoint=SHIPPED, count=3)),
+    "embeddings": (run_embeddings, "position embeddings compared, filters of the patch embedding",
+                   ("--checkpoint",), dict(checkpoint=SHIPPED)),
+    "architecture": (run_architecture, "a batch on its way through the model, with all shapes",
+                     (*IMAGES, "--seed"), dict(count=1)),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = data.Parser(description="Draw a picture; without arguments: reconstruct. "
+                         "SUBCOMMAND --help explains the flags.", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
+    for name, (run, text, flags, defaults) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, allow_abbrev=False,
+                                      description=f"Draw {text}. Defaults in parentheses.")
+        for flag in (*flags, "--out"):
+            command.add_argument(flag, **FLAGS[flag])
+        command.set_defaults(**{"out": Path(f"{name}.png"), "run": run, **defaults})
+    return parser
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(argv or ["reconstruct"])
-    if args.out.suffix not in args.kinds:
-        raise BadInput(f"--out {args.out}: its name must end in {' or '.join(args.kinds)}")
+    kinds = (".png", ".gif", ".webp") if args.run is run_timeline else (".png",)
+    if args.out.suffix not in kinds:
+        raise BadInput(f"--out {args.out}: its name must end in {' or '.join(kinds)}")
     drawn = args.run(args)
     (save_animation if isinstance(drawn, list) else save_png)(drawn, args.out)
     print(f"wrote {args.out}")
