@@ -12,6 +12,7 @@ The saved classifier's weights load into timm's VisionTransformer. `main` at the
 story; settings, machine, optimisation and run folder come from pretrain.py.
 """
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 
@@ -208,7 +209,8 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
     plain, train_inputs, test_inputs = classifier, dataset.train_images, dataset.test_images
     if settings.mode == "linear":
         classifier.to(machine.device)
-        plain, micro = make_probe(classifier), settings.batch_size // machine.processes
+        machine = dataclasses.replace(machine, processes=1)     # each trains the same small probe
+        plain, micro = make_probe(classifier), settings.batch_size
         train_inputs = compute_features(classifier, dataset.train_images, machine)
         test_inputs = compute_features(classifier, dataset.test_images, machine)
         if checkpoint:
@@ -238,10 +240,10 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
         print(f"start      {settings.init or 'from scratch'}, mode {settings.mode}", flush=True)
     if benchmark:
         return shared.run_benchmark(model, classify, batches, optimizer, micro, settings, machine)
-    pace = shared.seconds_per_image(model, classify, batches(0), micro, machine)
+    if settings.mode == "finetune":                         # a probe takes seconds
+        shared.say_expected(model, classify, batches(0), images * (settings.epochs - len(log)),
+                            micro, machine)
     if machine.main:
-        print(f"expected   {shared.expected(pace * images * (settings.epochs - len(log)))}",
-              flush=True)
         if checkpoint:
             shared.tidy_run(out, len(log), log)
         else:

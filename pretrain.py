@@ -163,7 +163,7 @@ def resolve_settings(given: dict, recipes: dict, machine: "Machine") -> argparse
 
 
 NOT_KEPT = {"out", "resume", "benchmark", "device", "compile", "recipe", "precision"}
-MAY_CHANGE = {"out", "resume", "device", "compile", "data_dir", "micro_batch_size",
+MAY_CHANGE = {"out", "resume", "benchmark", "device", "compile", "data_dir", "micro_batch_size",
               "picture_every"}      # where and how a run runs, not what it computes
 
 
@@ -223,7 +223,7 @@ class Machine:
 
     def part(self, batch: Tensor) -> Tensor:
         """This process's part of a global batch: (B, ...) -> (B / processes, ...)."""
-        return batch.tensor_split(self.processes)[self.rank]
+        return batch.tensor_split(self.processes)[self.rank % self.processes]
 
     def describe(self) -> str:
         name = (torch.cuda.get_device_name() if self.device.type == "cuda"
@@ -635,15 +635,20 @@ def test_loss(model: nn.Module, images: Tensor, noise: Tensor, machine: Machine)
     return machine.sum(total).item() / len(images)
 
 
-def seconds_per_image(model: nn.Module, objective, batches, micro: int, machine: Machine) -> float:
-    """Measured on two micro-batches, of which the first warms up; leaves the model as it was."""
-    model.eval()                                            # running statistics stay
+def say_expected(model: nn.Module, objective, batches, images: int, micro: int,
+                 machine: Machine) -> None:
+    """Print how long training on so many images will take, by the second of two micro-batches;
+    the model stays as it was."""
     batch = [machine.part(tensor)[:micro] for tensor in next(batches)]
     for _ in range(2):
         start = time.monotonic()
         gradient(model, objective, batch, micro, machine).sum().item()
+    seconds = (time.monotonic() - start) / len(batch[0]) / machine.processes * images
     model.zero_grad()
-    return (time.monotonic() - start) / len(batch[0]) / machine.processes
+    if machine.main:
+        print("expected  ", f"{seconds:.0f} seconds" if seconds < 120 else
+              f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours",
+              flush=True)
 
 
 def describe_run(settings: argparse.Namespace, machine: Machine, dataset: data.Dataset, steps: int,
@@ -658,11 +663,6 @@ def describe_run(settings: argparse.Namespace, machine: Machine, dataset: data.D
           f"model      ViT {settings.dim} x {settings.depth} blocks, {settings.heads} heads, patch "
           f"{settings.patch_size}; {type(model).__name__} of {parameters:,} parameters\n"
           f"run        {out or 'none, a benchmark'}", flush=True)
-
-
-def expected(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes" \
-        if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -706,9 +706,9 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
         describe_run(settings, machine, dataset, steps, micro, plain, None if benchmark else out)
     if benchmark:
         return run_benchmark(model, masked_loss, batches, optimizer, micro, settings, machine)
-    pace = seconds_per_image(model, masked_loss, batches(0), micro, machine)
+    say_expected(model, masked_loss, batches(0), images * (settings.epochs - len(log)), micro,
+                 machine)
     if machine.main:
-        print(f"expected   {expected(pace * images * (settings.epochs - len(log)))}", flush=True)
         if checkpoint:
             tidy_run(out, len(log), log)
         else:

@@ -575,8 +575,8 @@ def test_gradients_add_up_to_the_same_step_whatever_the_micro_batch(micro):
 
 
 def test_a_seed_fixes_the_run_and_another_seed_changes_it(runs, tiny_pretrain, tmp_path):
-    succeed(pretrain, *tiny_pretrain, "--epochs", 3, "--out", tmp_path / "again")
-    assert_same_run(runs["pretrain"], tmp_path / "again")
+    succeed(pretrain, *tiny_pretrain, "--epochs", 3, "--out", tmp_path / "pretrain")
+    assert_same_run(runs["pretrain"], tmp_path / "pretrain")
     succeed(pretrain, *tiny_pretrain, "--epochs", 3, "--seed", 1, "--out", tmp_path / "other")
     assert read_log(tmp_path / "other") != read_log(runs["pretrain"])
 
@@ -634,7 +634,7 @@ def wait_for(condition, seconds: float = 60) -> None:
     (pretrain, "pretrain", 3), (finetune, "finetune", 2), (finetune, "linear", 12)])
 def test_a_run_stopped_after_an_epoch_ends_bit_for_bit_where_the_unbroken_one_does(
         program, kind, epochs, runs, tmp_path, monkeypatch, tiny_pretrain, small):
-    out, save, saved = tmp_path / "run", data.save_checkpoint, []
+    out, save, saved = tmp_path / kind, data.save_checkpoint, []
 
     def save_then_stop(path, checkpoint):
         save(path, checkpoint)
@@ -668,11 +668,11 @@ def test_a_run_killed_at_many_random_moments_ends_where_the_unbroken_one_does(
         tiny_pretrain, tmp_path, start):
     flags = [*tiny_pretrain, "--epochs", 12, "--picture-every", 3]
     began = time.monotonic()
-    process = start(pretrain, *flags, "--out", tmp_path / "unbroken")
+    process = start(pretrain, *flags, "--out", tmp_path / "unbroken" / "run")
     process.join()
     assert process.exitcode == 0, process.errors.read_text()
     length, rng, kills = time.monotonic() - began, random.Random(0), 0
-    out = tmp_path / "killed"
+    out = tmp_path / "killed" / "run"
     while kills < 24 or process.exitcode:
         resume = (out / "checkpoint.pt").exists()
         process = start(pretrain, *(["--resume"] if resume else flags), "--out", out)
@@ -683,7 +683,7 @@ def test_a_run_killed_at_many_random_moments_ends_where_the_unbroken_one_does(
             kills += 1
         else:
             assert process.exitcode == 0, process.errors.read_text()
-            assert_same_run(tmp_path / "unbroken", out)
+            assert_same_run(tmp_path / "unbroken" / "run", out)
             if kills < 24:
                 shutil.rmtree(out)
 
