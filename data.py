@@ -55,7 +55,8 @@ def exit_on_bad_input():
         print("error:", " ".join(str(problem).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        print(f"\nstopped. {stop}".rstrip(), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":              # of several processes one says it
+            print(f"\nstopped. {stop}".rstrip(), file=sys.stderr)
         sys.exit(143 if getattr(stop, "sigterm", False) else 130)
 
 

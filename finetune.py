@@ -185,6 +185,9 @@ def evaluate(given: dict, machine: Machine) -> None:
 
 def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict | None, given: dict,
              machine: Machine) -> None:
+    benchmark = given.get("benchmark", False)
+    if benchmark:
+        shared.shorten_steps(settings, machine)
     dataset = shared.load_data(settings, machine)
     if settings.labels_per_class:
         dataset = dataset.balanced(settings.labels_per_class, settings.seed)
@@ -195,7 +198,6 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
     kind = settings.mode if settings.init or settings.mode == "linear" else "scratch"
     labels = f"-{settings.labels_per_class}-labels" if settings.labels_per_class else ""
     out = given.get("out") or Path("runs") / f"{kind}-{dataset.name}-{settings.recipe}{labels}"
-    benchmark = given.get("benchmark", False)
     if machine.main and not checkpoint and not benchmark:
         shared.check_free(out, "finetune.py")
     if init:

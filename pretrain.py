@@ -23,6 +23,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import statistics
@@ -156,6 +157,7 @@ def resolve_settings(given: dict, recipes: dict, machine: "Machine") -> argparse
     chosen = {name: value for name, value in given.items() if name not in NOT_KEPT}
     settings = argparse.Namespace(**{**common, **recipes[recipe], **chosen})
     settings.recipe, settings.precision = recipe, machine.precision
+    settings.command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     if settings.warmup_epochs > settings.epochs:
         raise BadInput(f"--warmup-epochs {settings.warmup_epochs} is longer than --epochs "
                        f"{settings.epochs}")
@@ -385,7 +387,7 @@ def gradient(model: nn.Module, objective, batch: tuple[Tensor, ...], micro: int,
 
 
 def train_epoch(model: nn.Module, objective, batches, steps: int, optimizer, epoch: int, micro: int,
-                settings: argparse.Namespace, machine: Machine, after_step=None) -> list[float]:
+                settings: argparse.Namespace, machine: Machine) -> list[float]:
     """One epoch; the mean of what `objective` logs.
 
     batches yields global batches. epoch counts from 1. The host never waits for the device but
@@ -397,12 +399,10 @@ def train_epoch(model: nn.Module, objective, batches, steps: int, optimizer, epo
     for step, batch in enumerate(batches):
         lr = learning_rate(settings, epoch - 1 + (step + 1) / steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = lr
         logged.append(gradient(model, objective, tuple(map(machine.part, batch)), micro, machine))
         optimizer.step()
         optimizer.zero_grad()
-        if after_step:
-            after_step()
         if machine.main and time.monotonic() - shown > every and step + 1 < steps:
             shown = time.monotonic()
             show_progress(f"epoch {epoch}/{settings.epochs}  step {step + 1}/{steps}  "
@@ -432,6 +432,13 @@ def show_progress(text: str) -> None:
     print(f"{text:<100}" if end == "\r" else text, end=end, file=sys.stderr, flush=True)
 
 
+def shorten_steps(settings: argparse.Namespace, machine: Machine) -> None:
+    """For a benchmark: a step of 4096 images takes minutes on a CPU, and one of 256 tells as
+    much."""
+    if machine.device.type == "cpu" and settings.micro_batch_size is None:
+        settings.batch_size = min(settings.batch_size, 256)
+
+
 def run_benchmark(model: nn.Module, objective, epoch_batches, optimizer, micro: int,
                   settings: argparse.Namespace, machine: Machine) -> None:
     """Print images/s, TFLOP/s and memory of whole training steps on real batches."""
@@ -440,7 +447,7 @@ def run_benchmark(model: nn.Module, objective, epoch_batches, optimizer, micro: 
     with machine.eager(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         objective(plain, *one_image)[0].backward()          # attention as plain products: counted
     flop = counter.get_total_flops()
-    steps = max(1, 1024 // settings.batch_size)
+    steps = 10 if machine.device.type == "cuda" else max(1, 256 // settings.batch_size)
     seconds = []
     for _ in range(6):                                      # the first one warms up
         start = time.perf_counter()
@@ -449,7 +456,8 @@ def run_benchmark(model: nn.Module, objective, epoch_batches, optimizer, micro: 
         seconds.append(time.perf_counter() - start)
     speed = steps * settings.batch_size / statistics.median(seconds[1:])
     if machine.main:
-        print(f"speed      {speed:,.1f} images/s (median of 5 timings of {steps} steps)\n"
+        print(f"speed      {speed:,.1f} images/s (median of 5 timings of {steps} steps of "
+              f"{settings.batch_size} images)\n"
               f"arithmetic {speed * flop / 1e12:.3g} TFLOP/s ({flop / 1e9:.3g} GFLOP an image, "
               f"forward and backward)\n"
               f"memory     {peak_memory_mb(machine.device):,} MiB at the peak")
@@ -486,7 +494,6 @@ def write_config(out: Path, settings: argparse.Namespace, machine: Machine, micr
     git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
                          capture_output=True, text=True) if shutil.which("git") else None
     config = {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "settings": vars(settings),
         "machine": {"device": machine.describe(), "processor": platform.processor()
                     or platform.machine(), "cores": os.cpu_count(), "micro_batch_size": micro},
@@ -542,7 +549,7 @@ def saying_how_to_go_on(out: Path, program: str):
     try:
         yield
     except KeyboardInterrupt as stop:
-        stop.args = (f"Go on with: python {program} --out {out} --resume",)
+        stop.args = (f"Go on with: python {program} --out {shlex.quote(str(out))} --resume",)
         raise
 
 
@@ -680,12 +687,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
              machine: Machine) -> None:
+    benchmark = given.get("benchmark", False)
+    if benchmark:
+        shorten_steps(settings, machine)
     plain = build("pretrain", settings)
     num_patches = plain.encoder.num_patches
     micro = fit_micro_batch(settings, machine, count_tokens_width(plain, settings))
     dataset = load_data(settings, machine)
     out = given.get("out") or Path("runs") / f"pretrain-{dataset.name}-{settings.recipe}"
-    benchmark = given.get("benchmark", False)
     if machine.main and not checkpoint and not benchmark:
         check_free(out, "pretrain.py")
     if checkpoint:
