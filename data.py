@@ -44,6 +44,11 @@ class BadInput(Exception):
     """What the user gave cannot be used. The text is one line: what is wrong, where, what to do."""
 
 
+def is_main_process() -> bool:
+    """Whether this is the one of several processes (see torchrun) that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def exit_on_bad_input():
     """Around a program: bad input is one line on standard error and exit status 2, Ctrl-C one
@@ -54,8 +59,13 @@ def exit_on_bad_input():
     except BadInput as problem:
         print("error:", " ".join(str(problem).split()), file=sys.stderr)
         sys.exit(2)
+    except OSError as error:                                # of a file that the user named
+        if not error.filename:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as stop:
-        if os.environ.get("RANK", "0") == "0":              # of several processes one says it
+        if is_main_process():
             print(f"\nstopped. {stop}".rstrip(), file=sys.stderr)
         sys.exit(143 if getattr(stop, "sigterm", False) else 130)
 
@@ -209,7 +219,11 @@ def appearing_whole(folder: Path):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".incomplete-") as temporary:
             yield Path(temporary)
-            os.rename(Path(temporary) / folder.name, folder)
+            try:
+                os.rename(Path(temporary) / folder.name, folder)
+            except OSError:
+                if not folder.is_dir():                     # else another program was faster
+                    raise
     except OSError as error:
         raise BadInput(f"cannot write {folder}: {error.strerror}; give another --data-dir, or "
                        "make room") from None
@@ -358,7 +372,7 @@ def parse_records(path: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
 
     A record is 1 label byte (CIFAR-100: coarse, then fine), then the pixels. Raises BadInput.
     """
-    advice = f"put the right file there, or delete {path.parent} to have it made anew"
+    advice = f"put the right file there, or move {path.parent} away to have it made anew"
     try:
         raw = np.frombuffer(path.read_bytes(), dtype=np.uint8)
     except OSError as error:
@@ -394,7 +408,7 @@ def parse_folder(name: str, folder: Path) -> Dataset:
         classes = [str(label) for label in range(source.num_classes)]
     dataset = Dataset(name, classes, *parse_split(source.train), *parse_split(source.test))
     counts = len(dataset.train_images), len(dataset.test_images)
-    if counts != source.images:
+    if counts != source.images and is_main_process():
         print(f"note: {folder} holds {counts[0]:,} + {counts[1]:,} images, {source.title} "
               f"{source.images[0]:,} + {source.images[1]:,}: taken for a data set of your own",
               file=sys.stderr)

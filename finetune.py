@@ -50,7 +50,8 @@ def make_parser() -> data.Parser:
     shared.add_flag(parser, RECIPES, "--pool", "what the head reads: the class token, or the mean "
                     "over the patches", choices=["cls", "mean"])
     parser.add_argument("--init", help="checkpoint or run folder of pretrain.py; its encoder is "
-                        "the start (none: from scratch)", metavar="CHECKPOINT")
+                        "the start (none: from scratch)", metavar="CHECKPOINT",
+                        type=lambda text: str(Path(text)))
     parser.add_argument("--mode", help="finetune: all weights learn; linear: only the head "
                         "(finetune)", choices=["finetune", "linear"])
     parser.add_argument("--labels-per-class", help="train on N random images of each class (all)",
@@ -81,6 +82,10 @@ def resolve_settings(given: dict, machine: Machine) -> tuple[argparse.Namespace,
     if mode == "linear" and settings.augment != "none":
         raise BadInput(f"--augment {settings.augment}: a linear probe computes each image's "
                        "features once; leave the flag out")
+    if mode == "linear" and settings.micro_batch_size:
+        raise BadInput("--micro-batch-size does nothing with --mode linear: leave it out")
+    if mode == "linear" and settings.batch_size < 2:
+        raise BadInput("--batch-size 1: the linear probe normalises over a batch; give 2 or more")
     return settings, checkpoint
 
 
@@ -110,7 +115,8 @@ def test(model: nn.Module, inputs: Tensor, labels: Tensor, machine: Machine) -> 
     total = torch.zeros(2, device=inputs.device)
     with machine.eager(), machine.autocast():
         for part in zip(machine.part(inputs).split(250), machine.part(labels).split(250)):
-            total += classify(model, *part)[1] * len(part[0])
+            if len(part[0]):
+                total += classify(model, *part)[1] * len(part[0])
     return (machine.sum(total) / len(inputs)).tolist()
 
 
@@ -148,6 +154,9 @@ def fold_probe(probe: nn.Sequential, head: nn.Linear) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     given = shared.parse_flags(make_parser(), argv)
+    if "evaluate" in given:
+        for name in given.keys() - {"evaluate", "dataset", "data_dir", "device", "precision"}:
+            raise BadInput(f"--{name.replace('_', '-')} does nothing with --evaluate: leave it out")
     checkpoint = init = None
     if given.get("resume"):
         checkpoint = shared.load_run(given["out"], "classifier")
@@ -163,12 +172,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate(given: dict, machine: Machine) -> None:
     """Print the test accuracy of a saved classifier. Raises BadInput."""
-    for name in given.keys() - {"evaluate", "dataset", "data_dir", "device", "precision"}:
-        raise BadInput(f"--{name.replace('_', '-')} does nothing with --evaluate: leave it out")
     checkpoint = data.load_checkpoint(given["evaluate"], "classifier")
-    settings = argparse.Namespace(**{**checkpoint["settings"], "limit": None})
-    settings.dataset = given.get("dataset", settings.dataset)
-    settings.data_dir = given.get("data_dir", "data")
+    settings = argparse.Namespace(**{**checkpoint["settings"], "limit": None, **given})
+    vars(settings).pop("images", None)                      # those it learned from
     model = shared.build("classifier", settings)
     data.load_weights(model, checkpoint["model"], given["evaluate"])
     dataset = shared.load_data(settings, machine)
@@ -194,12 +200,14 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
     settings.num_classes = len(dataset.classes)
     classifier = shared.build("classifier", settings)
     tokens_width = (1 + classifier.num_patches) * settings.dim * settings.depth
-    micro = shared.fit_micro_batch(settings, machine, tokens_width)
+    if settings.mode == "linear":
+        machine = dataclasses.replace(machine, processes=1)     # each trains the same small probe
+        micro = settings.batch_size
+    else:
+        micro = shared.fit_micro_batch(settings, machine, tokens_width)
     kind = settings.mode if settings.init or settings.mode == "linear" else "scratch"
     labels = f"-{settings.labels_per_class}-labels" if settings.labels_per_class else ""
     out = given.get("out") or Path("runs") / f"{kind}-{dataset.name}-{settings.recipe}{labels}"
-    if machine.main and not checkpoint and not benchmark:
-        shared.check_free(out, "finetune.py")
     if init:
         encoder = {name.removeprefix("encoder."): value for name, value in init["model"].items()
                    if name.startswith("encoder.")}
@@ -208,11 +216,16 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
     if checkpoint:
         data.load_weights(classifier, checkpoint["model"], out)
 
+    steps = max(1, len(dataset.train_images) // settings.batch_size)
+    images = steps * settings.batch_size
+    if machine.main:
+        shared.describe_run(settings, machine, dataset, steps, micro, classifier,
+                            None if benchmark else out)
+        print(f"start      {settings.init or 'from scratch'}, mode {settings.mode}", flush=True)
     plain, train_inputs, test_inputs = classifier, dataset.train_images, dataset.test_images
     if settings.mode == "linear":
         classifier.to(machine.device)
-        machine = dataclasses.replace(machine, processes=1)     # each trains the same small probe
-        plain, micro = make_probe(classifier), settings.batch_size
+        plain = make_probe(classifier)
         train_inputs = compute_features(classifier, dataset.train_images, machine)
         test_inputs = compute_features(classifier, dataset.test_images, machine)
         if checkpoint:
@@ -234,25 +247,17 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
             more = {"probe": plain.state_dict()}
         shared.save_epoch(out, "classifier", settings, classifier, optimizer, log, **more)
 
-    steps = max(1, len(train_inputs) // settings.batch_size)
-    images = steps * settings.batch_size
-    if machine.main:
-        shared.describe_run(settings, machine, dataset, steps, micro, classifier,
-                            None if benchmark else out)
-        print(f"start      {settings.init or 'from scratch'}, mode {settings.mode}", flush=True)
     if benchmark:
         return shared.run_benchmark(model, classify, batches, optimizer, micro, settings, machine)
     if settings.mode == "finetune":                         # a probe takes seconds
         shared.say_expected(model, classify, batches(0), images * (settings.epochs - len(log)),
                             micro, machine)
-    if machine.main:
-        if checkpoint:
-            shared.tidy_run(out, len(log), log)
-        else:
+    with shared.run_folder(out, "finetune.py", checkpoint is not None, machine):
+        if machine.main:
+            if checkpoint:
+                shared.tidy_run(out, len(log))
             save()
-        shared.write_config(out, settings, machine, micro, dataset)
-
-    with shared.saying_how_to_go_on(out, "finetune.py"):
+            shared.write_config(out, settings, machine, micro)
         for epoch in range(len(log) + 1, settings.epochs + 1):
             started = time.monotonic()
             train_loss, train_accuracy = shared.train_epoch(
@@ -271,7 +276,6 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
                   f"{log[-1]['images_per_second']:,.0f} images/s  "
                   f"{shared.time_left(log, settings.epochs)} left", flush=True)
         if machine.main:
-            shared.save_weights(out, "classifier", settings, classifier.state_dict(), log)
             shared.draw_log(out, dataset, log)
             print(f"done: {out}, test accuracy {log[-1]['test_accuracy']:.2f} %", flush=True)
 

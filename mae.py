@@ -18,8 +18,9 @@ Sources:
     MAE   He et al. 2021, Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377
     ViT   Dosovitskiy et al. 2020, An Image Is Worth 16x16 Words, arXiv 2010.11929
 
-Departures from the MAE paper, both usual at CIFAR's size: position embeddings are learned, not
-sine-cosine, and no LayerNorm stands between the decoder's blocks and its head.
+Departures from the MAE paper, usual at CIFAR's size: position embeddings are learned, not
+sine-cosine; no LayerNorm stands between the decoder's blocks and its head; queries, keys and values
+have no bias; where encoder and decoder are of one width, no linear layer stands between them.
 """
 import math
 
@@ -82,9 +83,8 @@ class PatchShuffle(nn.Module):
     """Random masking by shuffling (MAE, section 3, "Simple implementation").
 
     Each image's patches are put in random order; the first K = round(N * (1 - mask_ratio))
-    stay visible, the others are masked. Exactly N - K patches of every image are masked. (A
-    well-known CIFAR implementation counts the class token as one of the visible patches when
-    it marks the masked ones, so that one masked patch per image never enters its loss.)
+    stay visible, the others are masked: exactly N - K of every image. The class token is not
+    one of them.
     """
 
     def __init__(self, mask_ratio: float) -> None:
@@ -142,7 +142,7 @@ class Attention(nn.Module):
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """How much each token looks at each other one: (B, h, T, T), rows sum to 1."""
         scale = q.shape[-1] ** -0.5
-        return (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)
+        return ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         B, T, D = tokens.shape

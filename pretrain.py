@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,12 @@ import data
 import mae
 import visualize
 from data import BadInput
+
+try:
+    import fcntl
+    import resource
+except ImportError:             # on Windows: no lock on run folders, no memory in the log
+    fcntl = resource = None
 
 
 # ------------------------------------------------------------------------------ settings
@@ -145,6 +152,8 @@ def parse_flags(parser: data.Parser, argv: list[str] | None) -> dict:
              if value is not None}
     if given.get("resume") and "out" not in given:
         raise BadInput("--resume needs --out RUN, the run to go on with")
+    if given.get("benchmark") and "out" in given and not given.get("resume"):
+        raise BadInput("--out does nothing with --benchmark: leave it out")
     return given
 
 
@@ -157,6 +166,8 @@ def resolve_settings(given: dict, recipes: dict, machine: "Machine") -> argparse
     chosen = {name: value for name, value in given.items() if name not in NOT_KEPT}
     settings = argparse.Namespace(**{**common, **recipes[recipe], **chosen})
     settings.recipe, settings.precision = recipe, machine.precision
+    if "warmup_epochs" not in given:                        # the same share of the epochs
+        settings.warmup_epochs *= settings.epochs / recipes[recipe]["epochs"]
     settings.command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     if settings.warmup_epochs > settings.epochs:
         raise BadInput(f"--warmup-epochs {settings.warmup_epochs} is longer than --epochs "
@@ -165,28 +176,28 @@ def resolve_settings(given: dict, recipes: dict, machine: "Machine") -> argparse
 
 
 NOT_KEPT = {"out", "resume", "benchmark", "device", "compile", "recipe", "precision"}
-MAY_CHANGE = {"out", "resume", "benchmark", "device", "compile", "data_dir", "micro_batch_size",
-              "picture_every"}      # where and how a run runs, not what it computes
+MAY_CHANGE = {"out", "resume", "benchmark", "device", "precision", "compile", "data_dir",
+              "micro_batch_size", "picture_every"}  # where and how a run runs, not what it learns
 
 
 def resumed_settings(checkpoint: dict, given: dict) -> argparse.Namespace:
     """The run's own settings. Raises BadInput where a flag contradicts them."""
     settings, epoch = argparse.Namespace(**checkpoint["settings"]), checkpoint["epoch"]
+    before = settings.epochs, learning_rate(settings, epoch)
     for name, value in given.items():
         own = getattr(settings, name, None)
-        if name in MAY_CHANGE:
-            if hasattr(settings, name):
-                setattr(settings, name, value)
-        elif name == "epochs" and value > own:
-            before = learning_rate(settings, epoch)
-            settings.epochs = value
-            print(f"schedule: the cosine now ends after epoch {value} instead of {own}; the "
-                  f"learning rate after epoch {epoch} is {learning_rate(settings, epoch):.3g} "
-                  f"instead of {before:.3g}")
-        elif value not in (own, "auto"):
+        raised = name == "epochs" and value > own
+        if value in (own, "auto") or name in MAY_CHANGE and not hasattr(settings, name):
+            continue
+        if not raised and name not in MAY_CHANGE:
             raise BadInput(f"--{name.replace('_', '-')} {value} contradicts the run in "
                            f"{given['out']}, which has {own}: leave the flag out, or start another "
                            "run with another --out")
+        setattr(settings, name, value)
+    if settings.epochs > before[0] and data.is_main_process():
+        print(f"schedule: the cosine now ends after epoch {settings.epochs} instead of {before[0]};"
+              f" the learning rate after epoch {epoch} is {learning_rate(settings, epoch):.3g} "
+              f"instead of {before[1]:.3g}")
     return settings
 
 
@@ -251,8 +262,10 @@ def on_machine(given: dict):
 
     Raises BadInput where the device is not there or cannot do what was asked for.
     """
-    rank, local_rank, processes = (int(os.environ.get(name, default)) for name, default in
-                                   [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)])
+    rank, local_rank, processes = 0, 0, 1
+    if "MASTER_ADDR" in os.environ:                         # set by torchrun
+        rank, local_rank, processes = (int(os.environ[name])
+                                       for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     name = given.get("device", "auto")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
@@ -266,14 +279,21 @@ def on_machine(given: dict):
         precision = "bf16" if multiplies_bf16(name) else "fp32"
     elif precision == "bf16" and name != "cpu" and not multiplies_bf16(name):
         raise BadInput(f"--precision bf16: this {name} device cannot; use fp32")
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    if given.get("compile") and not compiler:
-        raise BadInput("--compile needs a C++ compiler (g++ or clang++): install one, or leave the "
-                       "flag out")
-    compiled = given.get("compile", name == "cuda" and compiler is not None)
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise BadInput(f"process {local_rank + 1} on this machine finds "
+                       f"{torch.cuda.device_count()} GPUs: start as many processes as GPUs")
     device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
     if name == "cuda":
         torch.cuda.set_device(device)
+    compilers = ("cc", "gcc", "clang") if name == "cuda" else ("g++", "clang++")
+    can_compile = any(map(shutil.which, compilers))
+    if given.get("compile") and not can_compile:
+        raise BadInput(f"--compile needs a compiler ({' or '.join(compilers)}): install one, or "
+                       "leave the flag out")
+    if name == "cuda" and not can_compile and rank == 0:
+        print("note: no C compiler is here, so the model is not compiled, which costs speed",
+              file=sys.stderr)
+    compiled = given.get("compile", name == "cuda" and can_compile)
     keep_freed_memory()
     stop_on_sigterm()
     if processes > 1:
@@ -330,7 +350,8 @@ def peak_memory_mb(device: torch.device) -> int:
     """The most memory used so far, in MiB: the GPU's on CUDA, else the process's."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20)
-    import resource                                         # not on Windows
+    if resource is None:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024          # bytes there, KiB elsewhere
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
 
@@ -339,7 +360,8 @@ def peak_memory_mb(device: torch.device) -> int:
 
 
 def learning_rate(settings: argparse.Namespace, epoch: float) -> float:
-    """Linear warm-up, then half a cosine to zero (MAE, appendix A.1); epoch counts parts too."""
+    """Linear warm-up, then half a cosine to zero (MAE, appendix A.1), at so many epochs, parts of
+    them counted."""
     peak = settings.base_lr * settings.batch_size / 256     # the linear scaling rule
     if epoch < settings.warmup_epochs:
         return peak * epoch / settings.warmup_epochs
@@ -397,7 +419,7 @@ def train_epoch(model: nn.Module, objective, batches, steps: int, optimizer, epo
     logged, shown = [], time.monotonic()
     every = 0.5 if sys.stderr.isatty() else 30              # seconds between signs of progress
     for step, batch in enumerate(batches):
-        lr = learning_rate(settings, epoch - 1 + (step + 1) / steps)
+        lr = learning_rate(settings, epoch - 1 + (step + 0.5) / steps)   # in its middle
         for group in optimizer.param_groups:
             group["lr"] = lr
         logged.append(gradient(model, objective, tuple(map(machine.part, batch)), micro, machine))
@@ -407,23 +429,18 @@ def train_epoch(model: nn.Module, objective, batches, steps: int, optimizer, epo
             shown = time.monotonic()
             show_progress(f"epoch {epoch}/{settings.epochs}  step {step + 1}/{steps}  "
                           f"loss {logged[-1][0]:.4f}")
-            check_finite(logged, epoch, settings, steps)
-    mean = machine.sum(torch.stack(logged).mean(dim=0)) / machine.processes
-    if not mean.isfinite().all():
-        check_finite(logged, epoch, settings, steps)
-    return mean.tolist()
+    logged = machine.sum(torch.stack(logged)) / machine.processes   # (steps, S)
+    finite = logged.isfinite().all(dim=1)
+    if not finite.all():
+        step = int(finite.long().argmin())                  # the first that is not
+        lr = learning_rate(settings, epoch - 1 + (step + 0.5) / steps)
+        raise BadInput(f"the loss is no longer finite in epoch {epoch}, step {step + 1}, at "
+                       f"learning rate {lr:.3g}; {DIVERGED.format(epoch - 1)}")
+    return logged.mean(dim=0).tolist()
 
 
-def check_finite(logged: list[Tensor], epoch: int, settings: argparse.Namespace,
-                 steps: int) -> None:
-    """Raises BadInput naming the first step whose loss is not finite."""
-    bad = (~torch.stack(logged)[:, 0].isfinite()).nonzero()
-    if len(bad):
-        step = int(bad[0]) + 1
-        lr = learning_rate(settings, epoch - 1 + step / steps)
-        raise BadInput(f"the loss is no longer finite in epoch {epoch}, step {step}, at learning "
-                       f"rate {lr:.3g}; the checkpoint of epoch {epoch - 1} is kept: lower "
-                       "--base-lr or lengthen --warmup-epochs in a new run")
+DIVERGED = ("the checkpoint of epoch {} is kept: lower --base-lr or lengthen --warmup-epochs in a "
+            "new run")
 
 
 def show_progress(text: str) -> None:
@@ -444,6 +461,7 @@ def run_benchmark(model: nn.Module, objective, epoch_batches, optimizer, micro: 
     """Print images/s, TFLOP/s and memory of whole training steps on real batches."""
     plain = getattr(model, "module", model)
     one_image = [tensor[:1] for tensor in next(epoch_batches(1))]
+    plain.eval()                                            # one image is no batch to normalise
     with machine.eager(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         objective(plain, *one_image)[0].backward()          # attention as plain products: counted
     flop = counter.get_total_flops()
@@ -467,14 +485,49 @@ def run_benchmark(model: nn.Module, objective, epoch_batches, optimizer, micro: 
 
 
 def holds_run(out: Path) -> bool:
-    return any((out / name).exists() for name in ("checkpoint.pt", "config.json", "log.csv"))
+    return any((out / name).exists() for name in ("checkpoint.pt", "weights.pt", "log.csv",
+                                                  "config.json"))
 
 
-def check_free(out: Path, program: str) -> None:
-    """Raises BadInput where the folder already holds a run."""
-    if holds_run(out):
-        raise BadInput(f"{out} already holds a run: go on with `python {program} --out {out} "
-                       "--resume`, or give another folder with --out")
+@contextlib.contextmanager
+def run_folder(out: Path, program: str, resumed: bool, machine: Machine):
+    """Around all that writes to a run's folder: no other program writes to it, it holds no other
+    run, and an interruption says how to go on. Raises BadInput."""
+    go_on = f"python {program} --out {shlex.quote(str(out))} --resume"
+    with locked(out) if machine.main else contextlib.nullcontext():
+        if machine.main and not resumed and holds_run(out):
+            raise BadInput(f"{out} already holds a run: go on with `{go_on}`, or give another "
+                           "folder with --out")
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            stop.args = (f"Go on with: {go_on}",)
+            raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Make a folder and keep other programs out of it, until the end of this one at the latest.
+    Raises BadInput where another one is in it."""
+    if fcntl is None:                                       # on Windows: unguarded
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise BadInput(f"another program is writing to {folder}: wait for it, or give another "
+                       "folder with --out") from None
+    except OSError as error:
+        raise BadInput(f"cannot write {folder}: {error.strerror}; give another folder with "
+                       "--out") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def load_run(out: Path, kind: str) -> dict:
@@ -488,16 +541,15 @@ def load_run(out: Path, kind: str) -> dict:
     return checkpoint
 
 
-def write_config(out: Path, settings: argparse.Namespace, machine: Machine, micro: int,
-                 dataset: data.Dataset) -> None:
+def write_config(out: Path, settings: argparse.Namespace, machine: Machine, micro: int) -> None:
     """config.json: everything needed to repeat the run."""
     git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
                          capture_output=True, text=True) if shutil.which("git") else None
     config = {
         "settings": vars(settings),
         "machine": {"device": machine.describe(), "processor": platform.processor()
-                    or platform.machine(), "cores": os.cpu_count(), "micro_batch_size": micro},
-        "images": {"training": len(dataset.train_images), "test": len(dataset.test_images)},
+                    or platform.machine(), "cores": os.cpu_count(), "processes": machine.processes,
+                    "micro_batch_size": micro},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__, "pillow": PIL.__version__},
         "commit": git.stdout.strip() or None if git else None,
@@ -517,40 +569,27 @@ def write_log(out: Path, log: list[dict]) -> None:
 
 def save_epoch(out: Path, kind: str, settings: argparse.Namespace, model: nn.Module, optimizer,
                log: list[dict], **more) -> None:
-    """The checkpoint after as many epochs as the log has rows, then the log."""
-    data.save_checkpoint(out / "checkpoint.pt", dict(
-        kind=kind, settings=vars(settings), epoch=len(log), log=log, model=model.state_dict(),
-        optimizer=optimizer.state_dict(), **more))
+    """The checkpoint after as many epochs as the log has rows, and the log; after the last epoch
+    also the weights alone, in half precision, to keep and share."""
+    common = dict(kind=kind, settings=vars(settings), epoch=len(log), log=log)
+    state = model.state_dict()
+    data.save_checkpoint(out / "checkpoint.pt",
+                         dict(common, model=state, optimizer=optimizer.state_dict(), **more))
     write_log(out, log)
+    if len(log) == settings.epochs:
+        half = {name: value.half() for name, value in state.items()}
+        data.save_checkpoint(out / "weights.pt", dict(common, model=half))
 
 
-def save_weights(out: Path, kind: str, settings: argparse.Namespace, state: dict,
-                 log: list[dict]) -> None:
-    """weights.pt: what a run leaves for others, in half precision."""
-    data.save_checkpoint(out / "weights.pt", dict(
-        kind=kind, settings=vars(settings), epoch=len(log), log=log,
-        model={name: value.half() for name, value in state.items()}))
-
-
-def tidy_run(out: Path, epoch: int, log: list[dict]) -> None:
+def tidy_run(out: Path, epoch: int) -> None:
     """Take away what a run that was stopped left beyond its last checkpoint."""
-    write_log(out, log)
     (out / "weights.pt").unlink(missing_ok=True)
     for part in out.glob("**/.*.part"):
         part.unlink(missing_ok=True)
     for picture in (out / "reconstructions").glob("epoch-*.png"):
-        if int(picture.stem.removeprefix("epoch-")) > epoch:
+        number = picture.stem.removeprefix("epoch-")
+        if number.isdecimal() and int(number) > epoch:
             picture.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def saying_how_to_go_on(out: Path, program: str):
-    """Around training: an interruption says how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        stop.args = (f"Go on with: python {program} --out {shlex.quote(str(out))} --resume",)
-        raise
 
 
 def log_row(epoch: int, values: dict, lr: float, started: float, trained: float, images: int,
@@ -558,7 +597,11 @@ def log_row(epoch: int, values: dict, lr: float, started: float, trained: float,
     """A row of log.csv; the last three columns are measured, the others repeat with the seed.
 
     started, trained: when the epoch began and when its training ended, by time.monotonic().
+    Raises BadInput where a loss is not finite.
     """
+    if not all(map(math.isfinite, values.values())):
+        raise BadInput(f"the test loss is not finite after epoch {epoch}; "
+                       f"{DIVERGED.format(epoch - 1)}")
     return {"epoch": epoch, **{name: float(f"{value:.7g}") for name, value in values.items()},
             "lr": float(f"{lr:.7g}"), "seconds": round(time.monotonic() - started, 2),
             "images_per_second": round(images / (trained - started), 1),
@@ -570,11 +613,10 @@ def draw_log(out: Path, dataset: data.Dataset, log: list[dict]) -> None:
     visualize.save_png(picture, out / "curves.png")
 
 
-def time_left(log: list[dict], epochs: int) -> str:
-    """hours:minutes:seconds for the epochs to come, at the pace of the last ones."""
+def time_left(log: list[dict], epochs: int) -> timedelta:
+    """For the epochs to come, at the pace of the last ones."""
     pace = statistics.median(row["seconds"] for row in log[-5:])
-    seconds = round(pace * (epochs - len(log)))
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    return timedelta(seconds=round(pace * (epochs - len(log))))
 
 
 # ------------------------------------------------------------------------------ the program
@@ -593,6 +635,12 @@ def load_data(settings: argparse.Namespace, machine: Machine) -> data.Dataset:
             settings.dataset = name[0]                      # what "auto" turned out to be
             dist.barrier()
     settings.dataset = dataset.name
+    images = [len(dataset.train_images), len(dataset.test_images)]
+    if getattr(settings, "images", images) != images:
+        raise BadInput(f"{settings.data_dir} holds {images[0]} + {images[1]} images, the run was "
+                       f"made with {settings.images[0]} + {settings.images[1]}: name the folder of "
+                       "its data set with --data-dir")
+    settings.images = images
     return (dataset.first(settings.limit) if settings.limit else dataset).to(machine.device)
 
 
@@ -638,7 +686,8 @@ def test_loss(model: nn.Module, images: Tensor, noise: Tensor, machine: Machine)
     total = torch.zeros((), device=images.device)
     with machine.eager(), machine.autocast():
         for part in zip(machine.part(images).split(250), machine.part(noise).split(250)):
-            total += masked_loss(model, *part)[0] * len(part[0])
+            if len(part[0]):
+                total += masked_loss(model, *part)[0] * len(part[0])
     return machine.sum(total).item() / len(images)
 
 
@@ -653,9 +702,7 @@ def say_expected(model: nn.Module, objective, batches, images: int, micro: int,
     seconds = (time.monotonic() - start) / len(batch[0]) / machine.processes * images
     model.zero_grad()
     if machine.main:
-        print("expected  ", f"{seconds:.0f} seconds" if seconds < 120 else
-              f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours",
-              flush=True)
+        print(f"expected   {timedelta(seconds=round(seconds))} (hours:minutes:seconds)", flush=True)
 
 
 def describe_run(settings: argparse.Namespace, machine: Machine, dataset: data.Dataset, steps: int,
@@ -695,8 +742,6 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
     micro = fit_micro_batch(settings, machine, count_tokens_width(plain, settings))
     dataset = load_data(settings, machine)
     out = given.get("out") or Path("runs") / f"pretrain-{dataset.name}-{settings.recipe}"
-    if machine.main and not checkpoint and not benchmark:
-        check_free(out, "pretrain.py")
     if checkpoint:
         data.load_weights(plain, checkpoint["model"], out)
     model = prepare_model(plain, machine)
@@ -717,17 +762,15 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
         return run_benchmark(model, masked_loss, batches, optimizer, micro, settings, machine)
     say_expected(model, masked_loss, batches(0), images * (settings.epochs - len(log)), micro,
                  machine)
-    if machine.main:
-        if checkpoint:
-            tidy_run(out, len(log), log)
-        else:
-            save_epoch(out, "pretrain", settings, plain, optimizer, log)
-        write_config(out, settings, machine, micro, dataset)
-
     test_images = dataset.test_images[:TEST_IMAGES]
     noise = torch.rand(len(test_images), num_patches, device=machine.device,
                        generator=data.seeded_generator(machine.device, 0))
-    with saying_how_to_go_on(out, "pretrain.py"):
+    with run_folder(out, "pretrain.py", checkpoint is not None, machine):
+        if machine.main:
+            if checkpoint:
+                tidy_run(out, len(log))
+            save_epoch(out, "pretrain", settings, plain, optimizer, log)
+            write_config(out, settings, machine, micro)
         for epoch in range(len(log) + 1, settings.epochs + 1):
             started = time.monotonic()
             loss, = train_epoch(model, masked_loss, batches(epoch), steps, optimizer, epoch, micro,
@@ -739,17 +782,15 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
             if not machine.main:
                 continue
             if epoch % settings.picture_every == 0 or epoch in (1, settings.epochs):
-                with machine.eager():
-                    picture = visualize.reconstruction_grid(
-                        plain, test_images[:PICTURED], noise[:PICTURED],
-                        f"{visualize.title_of(dataset.name)} test images · {out.name}", epoch=epoch)
+                picture = visualize.reconstruction_grid(
+                    plain, test_images[:PICTURED], noise[:PICTURED],
+                    f"{visualize.title_of(dataset.name)} test images · {out.name}", epoch=epoch)
                 visualize.save_png(picture, out / "reconstructions" / f"epoch-{epoch:04}.png")
             save_epoch(out, "pretrain", settings, plain, optimizer, log)
             print(f"epoch {epoch}/{settings.epochs}  loss {values['loss']:.4f}  test loss "
                   f"{values['test_loss']:.4f}  {log[-1]['images_per_second']:,.0f} images/s  "
                   f"{time_left(log, settings.epochs)} left", flush=True)
         if machine.main:
-            save_weights(out, "pretrain", settings, plain.state_dict(), log)
             draw_log(out, dataset, log)
             print(f"done: {out}", flush=True)
 
