@@ -234,7 +234,7 @@ def test_bf16_follows_fp32_and_compiled_follows_eager():
 
     def train(precision: str, compiled: bool) -> list[float]:
         machine = pretrain.Machine(torch.device("cpu"), precision, compiled)
-        model = pretrain.prepare_model(tiny_mae(), machine)
+        model = pretrain.prepare_model(tiny_mae(depth=1), machine)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         losses = []
         for _ in range(20):
@@ -484,7 +484,7 @@ def test_pretraining_leaves_a_whole_run_folder(runs):
 
 def test_fine_tuning_starts_from_the_pretrained_encoder_and_scratch_does_not(runs, small, tmp_path):
     pretrained = data.load_checkpoint(runs["pretrain"])["model"]
-    flags = [*small, "--epochs", 1, "--base-lr", 1e-12, "--warmup-epochs", 0]
+    flags = [*small, "--epochs", 1, "--base-lr", 1e-12]
     succeed(finetune, *flags, "--init", runs["pretrain"], "--out", tmp_path / "init")
     started = data.load_checkpoint(tmp_path / "init")["model"]
     for name, value in started.items():
@@ -839,7 +839,8 @@ FLAG_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("program, flags, message", FLAG_FAULTS, ids=[row[1] for row in FLAG_FAULTS])
+@pytest.mark.parametrize("program, flags, message", FLAG_FAULTS,
+                         ids=[flags for _, flags, _ in FLAG_FAULTS])
 def test_flags_that_cannot_be(program, flags, message, runs, data_dir, small, tiny_pretrain,
                               tmp_path, monkeypatch):
     if "nan" in flags:
@@ -1146,8 +1147,9 @@ def test_every_picture_is_drawn(flags, runs, data_dir, tmp_path, monkeypatch):
 
 
 def test_curves_of_runs_of_different_length_differ_in_colour(tmp_path):
-    rows = [{"epoch": e, "train_loss": 2 - e / 9, "test_loss": 2 - e / 10, "train_accuracy": 9.0 * e,
-             "test_accuracy": 8.0 * e, "lr": 0.1, "seconds": 3.0} for e in range(1, 9)]
+    rows = [{"epoch": e, "train_loss": 2 - e / 9, "test_loss": 2 - e / 10, "lr": 0.1,
+             "train_accuracy": 9.0 * e, "test_accuracy": 8.0 * e, "seconds": 3.0}
+            for e in range(1, 9)]
     picture = visualize.draw_curves({"long": rows, "short": rows[:3]})
     colors = [color for _, color in picture.getcolors(1 << 20)]
     assert all(color in colors for color in visualize.COLORS[:2])
@@ -1239,15 +1241,14 @@ def test_every_command_in_the_readme_works(data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.symlink(data_dir, "data")
     os.symlink(HERE / "results", "results")
-    small = shlex.split("--limit 64 --epochs 1 --warmup-epochs 0 --batch-size 32 --device cpu "
-                        "--precision fp32")
+    small = shlex.split("--limit 64 --epochs 1 --batch-size 32 --device cpu --precision fp32")
     model = shlex.split("--dim 48 --depth 1 --heads 3")
     decoder = shlex.split("--decoder-dim 48 --decoder-depth 1 --decoder-heads 3")
     assert len(COMMANDS) > 25
     done = []
     for command in COMMANDS:
         file, *flags = shlex.split(command)
-        program = {"pretrain.py": pretrain, "finetune.py": finetune, "visualize.py": visualize}[file]
+        program = sys.modules[file.removesuffix(".py")]
         if program is not visualize and not {"--resume", "--evaluate"} & set(flags):
             flags += small + (model if "--init" not in flags else [])
             flags += decoder if program is pretrain else []
