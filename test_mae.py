@@ -323,8 +323,8 @@ def test_shapes_are_balanced_varied_and_the_same_every_time(data_dir, tmp_path):
     assert torch.equal(first.train_images, again.train_images)
     assert first.train_labels.bincount().tolist() == [1000] * 10
     assert first.test_labels.bincount().tolist() == [200] * 10
-    everything = torch.cat([first.train_images, first.test_images]).flatten(1)
-    assert len(np.unique(everything.numpy(), axis=0)) == 12_000
+    everything = torch.cat([first.train_images, first.test_images]).numpy()
+    assert len({image.tobytes() for image in everything}) == 12_000
 
 
 def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
@@ -666,7 +666,7 @@ def test_a_run_stopped_after_an_epoch_ends_bit_for_bit_where_the_unbroken_one_do
 
 def test_a_run_killed_at_many_random_moments_ends_where_the_unbroken_one_does(
         tiny_pretrain, tmp_path, start):
-    flags = [*tiny_pretrain, "--epochs", 12, "--picture-every", 3]
+    flags = [*tiny_pretrain, "--epochs", 8, "--picture-every", 2]
     began = time.monotonic()
     process = start(pretrain, *flags, "--out", tmp_path / "unbroken" / "run")
     process.join()
@@ -676,7 +676,7 @@ def test_a_run_killed_at_many_random_moments_ends_where_the_unbroken_one_does(
     while kills < 24 or process.exitcode:
         resume = (out / "checkpoint.pt").exists()
         process = start(pretrain, *(["--resume"] if resume else flags), "--out", out)
-        process.join(rng.uniform(0.05, 0.4) * length if kills < 24 else None)
+        process.join(rng.uniform(0.05, 0.3) * length if kills < 24 else None)
         if process.exitcode is None:
             process.kill()
             process.join()
@@ -1141,7 +1141,7 @@ def test_every_picture_is_drawn(flags, runs, data_dir, tmp_path, monkeypatch):
         if file.suffix != ".png":
             assert picture.n_frames == 3
         assert picture.width >= 640
-        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
     if name == "reconstruct":
         assert len(re.findall("error [0-9.]+", out)) >= 2
 
