@@ -36,7 +36,7 @@ RECIPES = {
         MODELS["laptop"], pool="mean", epochs=4, warmup_epochs=0.5, batch_size=64, base_lr=4e-3,
         weight_decay=0.05, augment="crop"),
 }
-LINEAR = dict(epochs=50, warmup_epochs=5, batch_size=512, base_lr=1e-3, weight_decay=0.0,
+LINEAR = dict(epochs=100, warmup_epochs=10, batch_size=512, base_lr=1e-2, weight_decay=0.0,
               augment="none")       # with --mode linear, over those of the recipe
 
 
