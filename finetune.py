@@ -254,10 +254,12 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
                             micro, machine)
     with shared.run_folder(out, "finetune.py", checkpoint is not None, machine):
         if machine.main:
+            if not checkpoint:                              # first what a resumed run needs
+                save()
+            shared.write_config(out, settings, machine, micro)
             if checkpoint:
                 shared.tidy_run(out, len(log))
-            save()
-            shared.write_config(out, settings, machine, micro)
+                save()
         for epoch in range(len(log) + 1, settings.epochs + 1):
             started = time.monotonic()
             train_loss, train_accuracy = shared.train_epoch(

@@ -571,6 +571,8 @@ def save_epoch(out: Path, kind: str, settings: argparse.Namespace, model: nn.Mod
                log: list[dict], **more) -> None:
     """The checkpoint after as many epochs as the log has rows, and the log; after the last epoch
     also the weights alone, in half precision, to keep and share."""
+    if log and not (out / "config.json").exists():
+        raise BadInput(f"{out} was deleted or emptied while its run went on: start another one")
     common = dict(kind=kind, settings=vars(settings), epoch=len(log), log=log)
     state = model.state_dict()
     data.save_checkpoint(out / "checkpoint.pt",
@@ -767,10 +769,12 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
                        generator=data.seeded_generator(machine.device, 0))
     with run_folder(out, "pretrain.py", checkpoint is not None, machine):
         if machine.main:
+            if not checkpoint:                              # first what a resumed run needs
+                save_epoch(out, "pretrain", settings, plain, optimizer, log)
+            write_config(out, settings, machine, micro)
             if checkpoint:
                 tidy_run(out, len(log))
-            save_epoch(out, "pretrain", settings, plain, optimizer, log)
-            write_config(out, settings, machine, micro)
+                save_epoch(out, "pretrain", settings, plain, optimizer, log)
         for epoch in range(len(log) + 1, settings.epochs + 1):
             started = time.monotonic()
             loss, = train_epoch(model, masked_loss, batches(epoch), steps, optimizer, epoch, micro,

@@ -723,6 +723,17 @@ def test_more_epochs_can_be_asked_for_and_what_the_schedule_does_is_said(runs, t
     assert log[:3] == read_log(runs["pretrain"]) and float(log[3]["lr"]) > 0 == float(log[4]["lr"])
 
 
+def test_a_run_folder_deleted_underneath_is_a_clear_error(tiny_pretrain, tmp_path, start):
+    out = tmp_path / "run"
+    process = start(pretrain, *tiny_pretrain, "--epochs", 2000, "--out", out)
+    wait_for(lambda: (out / "log.csv").exists())
+    out.rename(tmp_path / "elsewhere")
+    process.join(60)
+    assert process.exitcode == 2
+    assert f"error: {out} was deleted or emptied" in process.errors.read_text()
+    assert data.load_checkpoint(tmp_path / "elsewhere")["epoch"] > 0
+
+
 def test_two_programs_cannot_write_to_one_folder(tiny_pretrain, tmp_path, start):
     out = tmp_path / "run"
     process = start(pretrain, *tiny_pretrain, "--epochs", 2000, "--out", out)
