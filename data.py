@@ -52,7 +52,8 @@ def is_main_process() -> bool:
 @contextlib.contextmanager
 def exit_on_bad_input():
     """Around a program: bad input, or a file that the system refuses, is one line on standard
-    error and exit status 2, Ctrl-C one line and 130, SIGTERM (see `pretrain.stop_on_sigterm`) 143. Other errors keep their traceback.
+    error and exit status 2; Ctrl-C one line and 130, SIGTERM (see `pretrain.stop_on_sigterm`)
+    143. Other errors keep their traceback.
     """
     try:
         yield
