@@ -30,14 +30,14 @@ from pretrain import MODELS, Machine
 
 RECIPES = {
     "full": dict(
-        MODELS["full"], pool="cls", epochs=100, warmup_epochs=5, batch_size=128, base_lr=1e-3,
-        weight_decay=0.05, augment="none"),
+        MODELS["full"], pool="cls", mask_ratio=0.0, epochs=100, warmup_epochs=5, batch_size=128,
+        base_lr=1e-3, weight_decay=0.05, augment="none"),
     "laptop": dict(
-        MODELS["laptop"], pool="mean", epochs=4, warmup_epochs=0.5, batch_size=64, base_lr=4e-3,
-        weight_decay=0.05, augment="crop"),
+        MODELS["laptop"], pool="mean", mask_ratio=0.5, epochs=8, warmup_epochs=1, batch_size=64,
+        base_lr=4e-3, weight_decay=0.05, augment="crop"),
 }
 LINEAR = dict(epochs=100, warmup_epochs=10, batch_size=512, base_lr=1e-2, weight_decay=0.0,
-              augment="none")       # with --mode linear, over those of the recipe
+              augment="none", mask_ratio=0.0)       # with --mode linear, over those of the recipe
 
 
 def make_parser() -> data.Parser:
@@ -49,6 +49,8 @@ def make_parser() -> data.Parser:
     shared.add_common_flags(parser, RECIPES)
     shared.add_flag(parser, RECIPES, "--pool", "what the head reads: the class token, or the mean "
                     "over the patches", choices=["cls", "mean"])
+    shared.add_flag(parser, RECIPES, "--mask-ratio", "part of the patches left out of training "
+                    "images, at least 0", type=data.number(float, 0, 1), metavar="R")
     parser.add_argument("--init", help="checkpoint or run folder of pretrain.py; its encoder is "
                         "the start (none: from scratch)", metavar="CHECKPOINT",
                         type=lambda text: str(Path(text)))
@@ -64,48 +66,52 @@ def make_parser() -> data.Parser:
 def resolve_settings(given: dict, machine: Machine) -> tuple[argparse.Namespace, dict | None]:
     """The settings, and the checkpoint of --init. Raises BadInput."""
     mode, checkpoint = given.get("mode", "finetune"), None
-    recipes = {name: {**recipe, **LINEAR} if mode == "linear" else recipe
-               for name, recipe in RECIPES.items()}
-    extra = dict(mode=mode, init=None, labels_per_class=None)
-    recipes = {name: {**extra, **recipe} for name, recipe in recipes.items()}
+    fixed = dict(LINEAR if mode == "linear" else {}, mode=mode, init=None, labels_per_class=None)
     if "init" in given:
         checkpoint = data.load_checkpoint(given["init"], "pretrain")
-        sizes = {name: checkpoint["settings"][name] for name in mae.MODEL_SIZES}
-        for name, size in sizes.items():
+        for name in mae.MODEL_SIZES:
+            fixed[name] = size = checkpoint["settings"][name]
             if given.get(name, size) != size:
                 raise BadInput(f"--{name.replace('_', '-')} {given[name]} contradicts "
                                f"{given['init']}, whose encoder has {size}: leave the flag out")
-        recipes = {name: {**recipe, **sizes} for name, recipe in recipes.items()}
+    recipes = {name: {**recipe, **fixed} for name, recipe in RECIPES.items()}
     settings = shared.resolve_settings(given, recipes, machine)
-    if mode == "linear" and checkpoint is None:
-        raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
-    if mode == "linear" and settings.augment != "none":
-        raise BadInput(f"--augment {settings.augment}: a linear probe computes each image's "
-                       "features once; leave the flag out")
-    if mode == "linear" and settings.micro_batch_size:
-        raise BadInput("--micro-batch-size does nothing with --mode linear: leave it out")
-    if mode == "linear" and settings.batch_size < 2:
-        raise BadInput("--batch-size 1: the linear probe normalises over a batch; give 2 or more")
+    if mode == "linear":
+        if checkpoint is None:
+            raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
+        for name in ("augment", "mask_ratio", "micro_batch_size"):
+            if given.get(name, "none") not in ("none", 0):
+                raise BadInput(f"--{name.replace('_', '-')} {given[name]}: a linear probe computes "
+                               "the features of each whole image once; leave the flag out")
+        if settings.batch_size < 2:
+            raise BadInput("--batch-size 1: the linear probe normalises over a batch; give 2 or "
+                           "more")
     return settings, checkpoint
 
 
 # ------------------------------------------------------------------------------ training
 
 
-def classify(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Images uint8 (B, 3, H, W) or features (B, D), labels (B,) -> the loss, and what to log: the
-    loss and the accuracy in percent."""
-    logits = model(data.scale(inputs) if inputs.dtype == torch.uint8 else inputs)
+def classify(model: nn.Module, inputs: Tensor, labels: Tensor, *noise: Tensor):
+    """Images uint8 (B, 3, H, W) or features (B, D), labels (B,), where patches are left out noise
+    (B, N) -> the loss, and what to log: the loss and the accuracy in percent."""
+    logits = model(data.scale(inputs) if inputs.dtype == torch.uint8 else inputs, *noise)
     loss = F.cross_entropy(logits, labels)
     accuracy = 100 * (logits.argmax(dim=1) == labels).float().mean()
     return loss, torch.stack([loss, accuracy])
 
 
-def epoch_batches(inputs: Tensor, labels: Tensor, settings: argparse.Namespace, epoch: int):
-    """The global batches of an epoch: inputs (B, ...), labels (B,)."""
-    generator = data.seeded_generator(inputs.device, settings.seed, epoch)
+def epoch_batches(inputs: Tensor, labels: Tensor, settings: argparse.Namespace, num_patches: int,
+                  epoch: int):
+    """The global batches of an epoch: inputs (B, ...), labels (B,) and, where patches are left
+    out, noise (B, N)."""
+    device = inputs.device
+    generator = data.seeded_generator(device, settings.seed, epoch)
     for ids in data.epoch_order(len(inputs), settings.batch_size, generator):
-        yield data.augment(inputs[ids], settings.augment, generator), labels[ids]
+        batch = data.augment(inputs[ids], settings.augment, generator), labels[ids]
+        if settings.mask_ratio:
+            batch += torch.rand(len(ids), num_patches, generator=generator, device=device),
+        yield batch
 
 
 @torch.no_grad()
@@ -199,7 +205,7 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
         dataset = dataset.balanced(settings.labels_per_class, settings.seed)
     settings.num_classes = len(dataset.classes)
     classifier = shared.build("classifier", settings)
-    tokens_width = (1 + classifier.num_patches) * settings.dim * settings.depth
+    tokens_width = (1 + classifier.count_visible()) * settings.dim * settings.depth
     if settings.mode == "linear":
         machine = dataclasses.replace(machine, processes=1)     # each trains the same small probe
         micro = settings.batch_size
@@ -238,7 +244,8 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
         log = checkpoint["log"]
 
     def batches(epoch: int):
-        return epoch_batches(train_inputs, dataset.train_labels, settings, epoch)
+        return epoch_batches(train_inputs, dataset.train_labels, settings, classifier.num_patches,
+                             epoch)
 
     def save() -> None:
         more = {}

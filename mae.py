@@ -350,11 +350,14 @@ class ViTClassifier(Encoder):
 
     It takes the encoder's parts over (it does not copy them) under the names that timm's
     VisionTransformer gives them. pool: the head reads the code of the class token ("cls") or
-    the mean over those of the patches ("mean"; MAE, appendix A.1). Raises ValueError for
-    another pool, or fewer than one class.
+    the mean over those of the patches ("mean"; MAE, appendix A.1). mask_ratio: the part of the
+    patches that is left out where noise is given, in training (PatchDropout, Liu et al. 2022,
+    arXiv 2208.07220): it costs less and regularises. Raises ValueError for another pool, fewer
+    than one class, or a mask ratio that leaves no patch.
     """
 
-    def __init__(self, encoder: Encoder, num_classes: int = 10, pool: str = "cls") -> None:
+    def __init__(self, encoder: Encoder, num_classes: int = 10, pool: str = "cls",
+                 mask_ratio: float = 0.0) -> None:
         nn.Module.__init__(self)                            # the parts exist: none is made anew
         if pool not in ("cls", "mean"):
             raise ValueError(f'pool must be "cls" or "mean", not {pool!r}')
@@ -367,15 +370,24 @@ class ViTClassifier(Encoder):
         self.head = nn.Linear(encoder.dim, num_classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
+        self.shuffle = PatchShuffle(mask_ratio) if mask_ratio else None
+        self.count_visible()
 
-    def features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D): what the head reads."""
-        tokens = super().forward(self.patchify(images))     # (B, 1 + N, D)
+    def count_visible(self) -> int:
+        """K: how many patches are encoded where noise is given."""
+        return self.shuffle.count_visible(self.num_patches) if self.shuffle else self.num_patches
+
+    def features(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(B, 3, H, W), noise (B, N) or none -> (B, D): what the head reads."""
+        patches, restore = self.patchify(images), None      # (B, N, 3*p*p)
+        if self.shuffle and noise is not None:
+            patches, restore, _ = self.shuffle(patches, noise)  # (B, K, 3*p*p)
+        tokens = super().forward(patches, restore)          # (B, 1 + K, D)
         return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> logits (B, classes)."""
-        return self.head(self.features(images))
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(B, 3, H, W), noise (B, N) or none -> logits (B, classes)."""
+        return self.head(self.features(images, noise))
 
 
 # ------------------------------------------------------------------------------ from a checkpoint
@@ -392,7 +404,8 @@ def build_model(kind: str, settings: dict) -> nn.Module:
     """
     sizes = {name: settings[name] for name in MODEL_SIZES}
     if kind == "classifier":
-        return ViTClassifier(Encoder(**sizes), settings["num_classes"], settings["pool"])
+        return ViTClassifier(Encoder(**sizes), settings["num_classes"], settings["pool"],
+                             settings["mask_ratio"])
     decoder = {name: settings[name] for name in DECODER_SIZES}
     return MAEViT(**sizes, **decoder, mask_ratio=settings["mask_ratio"],
                   norm_pix_loss=settings["norm_pix_loss"])

@@ -159,8 +159,24 @@ def test_classifier_sees_all_patches_and_computes_what_the_encoder_computes(pool
     torch.testing.assert_close(classifier(images), code @ classifier.head.weight.T)
     gradient, = torch.autograd.grad(classifier(images).square().sum(), images)
     assert (patchify(gradient, 8).abs().amax(dim=-1) > 0).all()
+    noise = random_noise(2, 16)
+    assert torch.equal(classifier(images, noise), classifier(images))   # mask ratio 0
     in_order = torch.arange(16).expand(2, -1)           # nothing masked: the codes of `restore`
     torch.testing.assert_close(encoder(patchify(images, 8), in_order), codes)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_classifier_leaves_patches_out_where_noise_says_so(pool):
+    encoder, noise = tiny_mae().encoder, random_noise(2, 16)
+    images = random_images(2).requires_grad_()
+    classifier = ViTClassifier(encoder, 5, pool, mask_ratio=0.75)
+    gradient, = torch.autograd.grad(classifier(images, noise).square().sum(), images)
+    seen = patchify(gradient, 8).abs().sum(dim=-1) > 0  # (2, 16)
+    assert seen.equal(PatchShuffle(0.75)(patchify(images, 8), noise)[2] == 0)
+    assert torch.equal(classifier(images), ViTClassifier(encoder, 5, pool).features(images)
+                       @ classifier.head.weight.T)
+    with pytest.raises(ValueError, match="leaves no visible patch out of 16"):
+        ViTClassifier(encoder, mask_ratio=0.99)
 
 
 def test_attention_maps_are_those_that_the_blocks_use():
@@ -837,6 +853,8 @@ FLAG_FAULTS = [
     (finetune, "--mode linear --init {runs}/pretrain --micro-batch-size 8", "--micro-batch-size"),
     (finetune, "--evaluate {runs}/finetune --resume --out {empty}", "does nothing with --evaluate"),
     (finetune, "--mode linear --init {runs}/pretrain --augment flip", "--augment flip"),
+    (finetune, "--mode linear --init {runs}/pretrain --mask-ratio 0.5", "--mask-ratio 0.5"),
+    (finetune, "--mask-ratio 1", "mask ratio 1.0 is not between 0 and 1"),
     (finetune, "--init {runs}/pretrain --dim 32", "--dim 32 contradicts"),
     (finetune, "--init {runs}/pretrain --out {runs}/finetune", "already holds a run"),
     (finetune, "--init {runs}/finetune", "an autoencoder from pretrain.py is needed"),
