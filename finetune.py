@@ -33,7 +33,7 @@ RECIPES = {
         MODELS["full"], pool="cls", mask_ratio=0.0, epochs=100, warmup_epochs=5, batch_size=128,
         base_lr=1e-3, weight_decay=0.05, augment="none"),
     "laptop": dict(
-        MODELS["laptop"], pool="mean", mask_ratio=0.5, epochs=8, warmup_epochs=1, batch_size=64,
+        MODELS["laptop"], pool="mean", mask_ratio=0.5, epochs=10, warmup_epochs=1, batch_size=64,
         base_lr=4e-3, weight_decay=0.05, augment="crop"),
 }
 LINEAR = dict(epochs=100, warmup_epochs=10, batch_size=512, base_lr=1e-2, weight_decay=0.0,
