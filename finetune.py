@@ -31,13 +31,14 @@ from pretrain import MODELS, Machine
 RECIPES = {
     "full": dict(
         MODELS["full"], pool="cls", mask_ratio=0.0, epochs=100, warmup_epochs=5, batch_size=128,
-        base_lr=1e-3, weight_decay=0.05, augment="none"),
+        base_lr=1e-3, weight_decay=0.05, layer_decay=1.0, augment="none"),
     "laptop": dict(
         MODELS["laptop"], pool="mean", mask_ratio=0.5, epochs=10, warmup_epochs=1, batch_size=64,
-        base_lr=4e-3, weight_decay=0.05, augment="crop"),
+        base_lr=8e-3, weight_decay=0.05, layer_decay=0.8, augment="crop"),
 }
-LINEAR = dict(epochs=100, warmup_epochs=10, batch_size=512, base_lr=1e-2, weight_decay=0.0,
-              augment="none", mask_ratio=0.0)       # with --mode linear, over those of the recipe
+LINEAR = dict(                      # with --mode linear, over those of the recipe
+    epochs=100, warmup_epochs=10, batch_size=512, base_lr=1e-2, weight_decay=0.0, augment="none",
+    mask_ratio=0.0, layer_decay=1.0)
 
 
 def make_parser() -> data.Parser:
@@ -51,6 +52,9 @@ def make_parser() -> data.Parser:
                     "over the patches", choices=["cls", "mean"])
     shared.add_flag(parser, RECIPES, "--mask-ratio", "part of the patches left out of training "
                     "images, at least 0", type=data.number(float, 0, 1), metavar="R")
+    shared.add_flag(parser, RECIPES, "--layer-decay", "learning rate of each layer, in parts of "
+                    "that of the layer above; from scratch 1", type=data.number(float, 0, 1),
+                    metavar="F")
     parser.add_argument("--init", help="checkpoint or run folder of pretrain.py; its encoder is "
                         "the start (none: from scratch)", metavar="CHECKPOINT",
                         type=lambda text: str(Path(text)))
@@ -67,7 +71,9 @@ def resolve_settings(given: dict, machine: Machine) -> tuple[argparse.Namespace,
     """The settings, and the checkpoint of --init. Raises BadInput."""
     mode, checkpoint = given.get("mode", "finetune"), None
     fixed = dict(LINEAR if mode == "linear" else {}, mode=mode, init=None, labels_per_class=None)
-    if "init" in given:
+    if "init" not in given:
+        fixed["layer_decay"] = 1.0                          # all layers have as much to learn
+    else:
         checkpoint = data.load_checkpoint(given["init"], "pretrain")
         for name in mae.MODEL_SIZES:
             fixed[name] = size = checkpoint["settings"][name]
@@ -79,10 +85,10 @@ def resolve_settings(given: dict, machine: Machine) -> tuple[argparse.Namespace,
     if mode == "linear":
         if checkpoint is None:
             raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
-        for name in ("augment", "mask_ratio", "micro_batch_size"):
-            if given.get(name, "none") not in ("none", 0):
-                raise BadInput(f"--{name.replace('_', '-')} {given[name]}: a linear probe computes "
-                               "the features of each whole image once; leave the flag out")
+        for name in ("augment", "mask_ratio", "layer_decay", "micro_batch_size"):
+            if name in given and given[name] != fixed.get(name):
+                raise BadInput(f"--{name.replace('_', '-')} {given[name]}: a linear probe trains "
+                               "one layer on features computed once; leave the flag out")
         if settings.batch_size < 2:
             raise BadInput("--batch-size 1: the linear probe normalises over a batch; give 2 or "
                            "more")
@@ -90,6 +96,15 @@ def resolve_settings(given: dict, machine: Machine) -> tuple[argparse.Namespace,
 
 
 # ------------------------------------------------------------------------------ training
+
+
+def layers_above(name: str, depth: int) -> int:
+    """How many layers of a ViT stand above the one that a parameter belongs to: none above norm
+    and head, then the blocks from the last to the first, then the embeddings."""
+    part, _, rest = name.partition(".")
+    if part == "blocks":
+        return depth - int(rest.split(".")[0])
+    return depth + 1 if part in ("patch_embed", "cls_token", "pos_embed") else 0
 
 
 def classify(model: nn.Module, inputs: Tensor, labels: Tensor, *noise: Tensor):
@@ -237,7 +252,9 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
         if checkpoint:
             data.load_weights(plain, checkpoint["probe"], out)
     model = shared.prepare_model(plain, machine)
-    optimizer = shared.make_optimizer(plain, settings.weight_decay, betas=(0.9, 0.999))
+    optimizer = shared.make_optimizer(
+        plain, settings.weight_decay, betas=(0.9, 0.999),
+        lr_scale=lambda name: settings.layer_decay ** layers_above(name, settings.depth))
     log = []
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])

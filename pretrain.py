@@ -370,13 +370,18 @@ def learning_rate(settings: argparse.Namespace, epoch: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
 
 
-def make_optimizer(model: nn.Module, weight_decay: float, betas: tuple[float, float]):
+def make_optimizer(model: nn.Module, weight_decay: float, betas: tuple[float, float],
+                   lr_scale=lambda name: 1.0):
     """AdamW; no weight decay on biases and LayerNorms (1 dimension) or tokens and position
-    embeddings (3), only on matrices (2) and the patch embedding (4)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.ndim in (2, 4)], "weight_decay": weight_decay},
-              {"params": [p for p in parameters if p.ndim in (1, 3)], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    embeddings (3), only on matrices (2) and the patch embedding (4). lr_scale(name) is what a
+    parameter's learning rate is multiplied by."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        decay = weight_decay if parameter.ndim in (2, 4) else 0.0
+        groups.setdefault((decay, lr_scale(name)), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "weight_decay": decay, "lr_scale": scale}
+         for (decay, scale), parameters in groups.items()], lr=0.0, betas=betas, fused=True)
 
 
 def prepare_model(model: nn.Module, machine: Machine) -> nn.Module:
@@ -421,7 +426,7 @@ def train_epoch(model: nn.Module, objective, batches, steps: int, optimizer, epo
     for step, batch in enumerate(batches):
         lr = learning_rate(settings, epoch - 1 + (step + 0.5) / steps)   # in its middle
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         logged.append(gradient(model, objective, tuple(map(machine.part, batch)), micro, machine))
         optimizer.step()
         optimizer.zero_grad()

@@ -564,7 +564,8 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
 
 def test_weight_decay_spares_biases_norms_tokens_and_positions():
     model = tiny_mae()
-    decayed, spared = pretrain.make_optimizer(model, 0.05, (0.9, 0.95)).param_groups
+    groups = pretrain.make_optimizer(model, 0.05, (0.9, 0.95)).param_groups
+    spared, decayed = sorted(groups, key=lambda group: group["weight_decay"])
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
@@ -572,6 +573,21 @@ def test_weight_decay_spares_biases_norms_tokens_and_positions():
         assert re.search(r"(qkv|proj|fc1|fc2|embed|head)\.weight$", names[id(parameter)])
     for parameter in spared["params"]:
         assert re.search(r"(bias|norm\d?\.weight|_token|pos_embed)$", names[id(parameter)])
+
+
+def test_layer_decay_scales_the_learning_rate_of_each_layer(runs, small, tmp_path):
+    model = ViTClassifier(tiny_mae().encoder)               # of 2 blocks
+    expected = {"patch_embed": 3, "cls_token": 3, "pos_embed": 3, "blocks.0": 2, "blocks.1": 1,
+                "norm": 0, "head": 0}
+    for name, _ in model.named_parameters():
+        start = next(start for start in expected if name.startswith(start))
+        assert finetune.layers_above(name, depth=2) == expected[start], name
+    succeed(finetune, *small, "--init", runs["pretrain"], "--layer-decay", 0, "--epochs", 1,
+            "--out", tmp_path / "run")                      # 0: only the top layer learns
+    before = data.load_checkpoint(runs["pretrain"])["model"]
+    for name, value in data.load_checkpoint(tmp_path / "run")["model"].items():
+        if not name.startswith("head"):
+            assert value.equal(before[f"encoder.{name}"]) == (not name.startswith("norm")), name
 
 
 @pytest.mark.parametrize("micro", [1, 4, 8])
