@@ -492,8 +492,34 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4)
     return images[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+def mix(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mixup (Zhang et al. 2017, arXiv 1710.09412) or CutMix (Yun et al. 2019, arXiv 1905.04899),
+    by the toss of a coin: each image is blended with the one before it in the batch, or has a box
+    of that one pasted in; its label likewise, by the share of either.
+
+    images uint8 (B, 3, H, W), labels (B, classes), as probabilities -> both mixed, as floats.
+    Shares are uniform, Beta(1, 1) in the papers.
+    """
+    B, _, H, W = images.shape
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, device=images.device)
+
+    def within(length: int, half: Tensor) -> Tensor:        # (B, length): so near a random centre
+        places = torch.arange(length, device=images.device) + 0.5
+        return (places - uniform(B, 1) * length).abs() < half * length
+
+    own = uniform(B, 1)                                     # the image's own share
+    half = (1 - own).sqrt() / 2                             # of a box of the rest's area, its side
+    box = within(H, half)[:, :, None] & within(W, half)[:, None, :]     # (B, H, W)
+    weight = torch.where(uniform(B, 1, 1) < 0.5, own[:, :, None], 1.0 - box.float())
+    own = weight.mean(dim=(1, 2))[:, None]                  # (B, 1), the box cut off at the edges
+    return (torch.lerp(images.roll(1, 0).float(), images.float(), weight[:, None]),
+            torch.lerp(labels.roll(1, 0), labels, own))
+
+
 def scale(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float -1..1."""
+    """0..255 -> float -1..1."""
     return images.float() / 127.5 - 1
 
 

@@ -30,15 +30,21 @@ from pretrain import MODELS, Machine
 
 RECIPES = {
     "full": dict(
-        MODELS["full"], pool="cls", mask_ratio=0.0, epochs=100, warmup_epochs=5, batch_size=128,
-        base_lr=1e-3, weight_decay=0.05, layer_decay=1.0, augment="none"),
+        MODELS["full"], pool="cls", epochs=100, warmup_epochs=5, batch_size=128, base_lr=1e-3,
+        weight_decay=0.05, layer_decay=1.0, augment="none", mask_ratio=0.0, mix=False,
+        label_smoothing=0.0),
     "laptop": dict(
-        MODELS["laptop"], pool="mean", mask_ratio=0.5, epochs=10, warmup_epochs=1, batch_size=64,
-        base_lr=8e-3, weight_decay=0.05, layer_decay=0.8, augment="crop"),
+        MODELS["laptop"], pool="mean", epochs=10, warmup_epochs=1, batch_size=64, base_lr=8e-3,
+        weight_decay=0.05, layer_decay=0.8, augment="crop", mask_ratio=0.5, mix=False,
+        label_smoothing=0.0),
+    "strong": dict(
+        MODELS["full"], pool="mean", epochs=100, warmup_epochs=5, batch_size=128, base_lr=2e-3,
+        weight_decay=0.05, layer_decay=0.8, augment="crop", mask_ratio=0.5, mix=True,
+        label_smoothing=0.1),
 }
 LINEAR = dict(                      # with --mode linear, over those of the recipe
-    epochs=100, warmup_epochs=10, batch_size=512, base_lr=1e-2, weight_decay=0.0, augment="none",
-    mask_ratio=0.0, layer_decay=1.0)
+    epochs=100, warmup_epochs=10, batch_size=512, base_lr=1e-2, weight_decay=0.0, layer_decay=1.0,
+    augment="none", mask_ratio=0.0, mix=False, label_smoothing=0.0)
 
 
 def make_parser() -> data.Parser:
@@ -48,13 +54,20 @@ def make_parser() -> data.Parser:
         "in parentheses, where they depend on the recipe with its name.",
         epilog=f"With --mode linear, whatever the recipe: {linear}.", allow_abbrev=False)
     shared.add_common_flags(parser, RECIPES)
-    shared.add_flag(parser, RECIPES, "--pool", "what the head reads: the class token, or the mean "
-                    "over the patches", choices=["cls", "mean"])
-    shared.add_flag(parser, RECIPES, "--mask-ratio", "part of the patches left out of training "
-                    "images, at least 0", type=data.number(float, 0, 1), metavar="R")
-    shared.add_flag(parser, RECIPES, "--layer-decay", "learning rate of each layer, in parts of "
-                    "that of the layer above; from scratch 1", type=data.number(float, 0, 1),
-                    metavar="F")
+
+    def flag(name: str, text: str, **kwargs) -> None:
+        shared.add_flag(parser, RECIPES, name, text, **kwargs)
+
+    flag("--pool", "what the head reads: the class token, or the mean over the patches",
+         choices=["cls", "mean"])
+    flag("--layer-decay", "learning rate of each layer, in parts of that of the layer above; from "
+         "scratch 1", type=data.number(float, 0, 1), metavar="F")
+    flag("--mask-ratio", "part of the patches left out of training images, at least 0",
+         type=data.number(float, 0, 1), metavar="R")
+    flag("--mix", "blend training images and their labels, two by two",
+         action=argparse.BooleanOptionalAction)
+    flag("--label-smoothing", "part of the probability that all classes share in training",
+         type=data.number(float, 0, 1), metavar="S")
     parser.add_argument("--init", help="checkpoint or run folder of pretrain.py; its encoder is "
                         "the start (none: from scratch)", metavar="CHECKPOINT",
                         type=lambda text: str(Path(text)))
@@ -85,7 +98,8 @@ def resolve_settings(given: dict, machine: Machine) -> tuple[argparse.Namespace,
     if mode == "linear":
         if checkpoint is None:
             raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
-        for name in ("augment", "mask_ratio", "layer_decay", "micro_batch_size"):
+        for name in ("layer_decay", "augment", "mask_ratio", "mix", "label_smoothing",
+                     "micro_batch_size"):
             if name in given and given[name] != fixed.get(name):
                 raise BadInput(f"--{name.replace('_', '-')} {given[name]}: a linear probe trains "
                                "one layer on features computed once; leave the flag out")
@@ -108,25 +122,38 @@ def layers_above(name: str, depth: int) -> int:
 
 
 def classify(model: nn.Module, inputs: Tensor, labels: Tensor, *noise: Tensor):
-    """Images uint8 (B, 3, H, W) or features (B, D), labels (B,), where patches are left out noise
-    (B, N) -> the loss, and what to log: the loss and the accuracy in percent."""
-    logits = model(data.scale(inputs) if inputs.dtype == torch.uint8 else inputs, *noise)
+    """Images of 0..255 (B, 3, H, W) or features (B, D), labels (B,) or as probabilities
+    (B, classes), where patches are left out noise (B, N) -> the loss, and what to log: the loss
+    and the accuracy in percent, that of the likeliest label."""
+    logits = model(data.scale(inputs) if inputs.ndim == 4 else inputs, *noise)
     loss = F.cross_entropy(logits, labels)
+    labels = labels if labels.ndim == 1 else labels.argmax(dim=1)
     accuracy = 100 * (logits.argmax(dim=1) == labels).float().mean()
     return loss, torch.stack([loss, accuracy])
 
 
 def epoch_batches(inputs: Tensor, labels: Tensor, settings: argparse.Namespace, num_patches: int,
                   epoch: int):
-    """The global batches of an epoch: inputs (B, ...), labels (B,) and, where patches are left
-    out, noise (B, N)."""
+    """The global batches of an epoch: inputs (B, ...), labels (B,) or, where images are mixed or
+    labels smoothed, (B, classes), and, where patches are left out, noise (B, N)."""
     device = inputs.device
     generator = data.seeded_generator(device, settings.seed, epoch)
     for ids in data.epoch_order(len(inputs), settings.batch_size, generator):
-        batch = data.augment(inputs[ids], settings.augment, generator), labels[ids]
+        images, targets = data.augment(inputs[ids], settings.augment, generator), labels[ids]
+        if settings.mix or settings.label_smoothing:
+            targets = smooth(targets, settings.num_classes, settings.label_smoothing)
+        if settings.mix:
+            images, targets = data.mix(images, targets, generator)
+        noise = ()
         if settings.mask_ratio:
-            batch += torch.rand(len(ids), num_patches, generator=generator, device=device),
-        yield batch
+            noise = torch.rand(len(ids), num_patches, generator=generator, device=device),
+        yield images, targets, *noise
+
+
+def smooth(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Label smoothing (Szegedy et al. 2015, arXiv 1512.00567): a part of the probability is shared
+    by all classes: (B,) -> (B, classes)."""
+    return F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
 
 @torch.no_grad()

@@ -377,6 +377,26 @@ def test_augmentation_flips_and_shifts_whole_images():
     assert len(seen) > 140                              # of 162
 
 
+def test_mixed_labels_are_the_shares_of_what_the_images_show():
+    values = torch.arange(0, 250, 5)                        # each image of one brightness
+    images = values[:, None, None, None].expand(-1, 3, 16, 16).to(torch.uint8)
+    generator = data.seeded_generator("cpu", 0)
+    mixed, labels = data.mix(images, torch.eye(50), generator)
+    torch.testing.assert_close(labels.sum(dim=1), torch.ones(50))
+    torch.testing.assert_close(mixed.mean(dim=(1, 2, 3)), labels @ values.float())
+    spread = mixed.amax(dim=(1, 2, 3)) - mixed.amin(dim=(1, 2, 3))
+    blended, pasted = spread == 0, spread > 0
+    assert blended.sum() > 10 and pasted.sum() > 10         # mixup and CutMix both
+    torch.testing.assert_close(spread[pasted][1:].round(), torch.full_like(spread[pasted][1:], 5))
+    assert 0.3 < labels.diagonal().mean() < 0.8
+
+
+def test_smoothed_labels_share_a_part_of_the_probability():
+    smoothed = finetune.smooth(torch.tensor([2, 0]), 4, 0.2)
+    torch.testing.assert_close(smoothed, torch.tensor([[0.05, 0.05, 0.85, 0.05],
+                                                       [0.85, 0.05, 0.05, 0.05]]))
+
+
 def test_scaling_is_undone_exactly():
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert data.scale(every).min() == -1 and data.scale(every).max() == 1
@@ -537,12 +557,12 @@ def test_evaluate_prints_the_accuracy_of_the_last_epoch(runs, data_dir, kind):
     assert float(re.search("loss ([0-9.]+)", half)[1]) == pytest.approx(loss, abs=0.003)
 
 
-@pytest.mark.parametrize("mode", ["finetune", "linear"])
-def test_a_classifier_learns_what_can_be_learned(mode, runs, small, tmp_path):
+@pytest.mark.parametrize("flags", ["--epochs 20", "--epochs 60 --mode linear",
+                                   "--epochs 30 --mix --label-smoothing 0.1 --mask-ratio 0"])
+def test_a_classifier_learns_what_can_be_learned(flags, runs, small, tmp_path):
     """Classes that differ in colour alone: chance is 10 %."""
-    epochs = {"finetune": 20, "linear": 60}[mode]
-    succeed(finetune, *small, "--init", runs["pretrain"], "--mode", mode, "--epochs", epochs,
-            "--base-lr", 0.02, "--out", tmp_path / "run")
+    succeed(finetune, *small, "--init", runs["pretrain"], *flags.split(), "--base-lr", 0.02,
+            "--out", tmp_path / "run")
     assert float(read_log(tmp_path / "run")[-1]["test_accuracy"]) > 50
 
 
@@ -870,6 +890,7 @@ FLAG_FAULTS = [
     (finetune, "--evaluate {runs}/finetune --resume --out {empty}", "does nothing with --evaluate"),
     (finetune, "--mode linear --init {runs}/pretrain --augment flip", "--augment flip"),
     (finetune, "--mode linear --init {runs}/pretrain --mask-ratio 0.5", "--mask-ratio 0.5"),
+    (finetune, "--mode linear --init {runs}/pretrain --mix", "--mix"),
     (finetune, "--mask-ratio 1", "mask ratio 1.0 is not between 0 and 1"),
     (finetune, "--init {runs}/pretrain --dim 32", "--dim 32 contradicts"),
     (finetune, "--init {runs}/pretrain --out {runs}/finetune", "already holds a run"),
