@@ -75,6 +75,8 @@ def make_parser() -> data.Parser:
                         "(finetune)", choices=["finetune", "linear"])
     parser.add_argument("--labels-per-class", help="train on N random images of each class (all)",
                         type=data.number(int, 1), metavar="N")
+    parser.add_argument("--repeat", help="show each training image N times an epoch, for few "
+                        "images (1)", type=data.number(int, 1), metavar="N")
     parser.add_argument("--evaluate", help="print the test accuracy of a classifier and train "
                         "nothing", metavar="CHECKPOINT")
     return parser
@@ -83,7 +85,8 @@ def make_parser() -> data.Parser:
 def resolve_settings(given: dict, machine: Machine) -> tuple[argparse.Namespace, dict | None]:
     """The settings, and the checkpoint of --init. Raises BadInput."""
     mode, checkpoint = given.get("mode", "finetune"), None
-    fixed = dict(LINEAR if mode == "linear" else {}, mode=mode, init=None, labels_per_class=None)
+    fixed = dict(LINEAR if mode == "linear" else {}, mode=mode, init=None, labels_per_class=None,
+                 repeat=1)
     if "init" not in given:
         fixed["layer_decay"] = 1.0                          # all layers have as much to learn
     else:
@@ -99,7 +102,7 @@ def resolve_settings(given: dict, machine: Machine) -> tuple[argparse.Namespace,
         if checkpoint is None:
             raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
         for name in ("layer_decay", "augment", "mask_ratio", "mix", "label_smoothing",
-                     "micro_batch_size"):
+                     "repeat", "micro_batch_size"):
             if name in given and given[name] != fixed.get(name):
                 raise BadInput(f"--{name.replace('_', '-')} {given[name]}: a linear probe trains "
                                "one layer on features computed once; leave the flag out")
@@ -245,6 +248,8 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
     dataset = shared.load_data(settings, machine)
     if settings.labels_per_class:
         dataset = dataset.balanced(settings.labels_per_class, settings.seed)
+    if settings.repeat > 1:
+        dataset = dataset.subset(torch.arange(len(dataset.train_images)).repeat(settings.repeat))
     settings.num_classes = len(dataset.classes)
     classifier = shared.build("classifier", settings)
     tokens_width = (1 + classifier.count_visible()) * settings.dim * settings.depth

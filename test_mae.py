@@ -566,6 +566,12 @@ def test_a_classifier_learns_what_can_be_learned(flags, runs, small, tmp_path):
     assert float(read_log(tmp_path / "run")[-1]["test_accuracy"]) > 50
 
 
+def test_repeat_shows_few_images_often(small, tmp_path, tiny):
+    out = succeed(finetune, *tiny, "--labels-per-class", 2, "--repeat", 8, "--epochs", 1,
+                  "--batch-size", 32, "--out", tmp_path / "run")
+    assert "160 training" in out and "1 epochs of 5 steps of 32 images" in out
+
+
 def test_cifar100_has_a_hundred_classes(data_dir, tmp_path, tiny):
     succeed(finetune, *tiny, "--dataset", "cifar100", "--epochs", 1, "--out", tmp_path / "run")
     assert data.load_checkpoint(tmp_path / "run")["model"]["head.weight"].shape == (100, 16)
@@ -891,6 +897,8 @@ FLAG_FAULTS = [
     (finetune, "--mode linear --init {runs}/pretrain --augment flip", "--augment flip"),
     (finetune, "--mode linear --init {runs}/pretrain --mask-ratio 0.5", "--mask-ratio 0.5"),
     (finetune, "--mode linear --init {runs}/pretrain --mix", "--mix"),
+    (finetune, "--mode linear --init {runs}/pretrain --repeat 2", "--repeat 2"),
+    (finetune, "--repeat 0", "--repeat: '0' is not a whole number of at least 1"),
     (finetune, "--mask-ratio 1", "mask ratio 1.0 is not between 0 and 1"),
     (finetune, "--init {runs}/pretrain --dim 32", "--dim 32 contradicts"),
     (finetune, "--init {runs}/pretrain --out {runs}/finetune", "already holds a run"),
