@@ -1311,6 +1311,25 @@ def test_a_log_with_nan_is_drawn_with_a_gap_and_says_so(tmp_path):
 # ------------------------------------------------------------------------------ the README
 
 
+def run_small(command: str, done: list[str]) -> None:
+    """A command on 64 images, on a small model; a later flag wins."""
+    file, *flags = shlex.split(command)
+    program = sys.modules[file.removesuffix(".py")]
+    if program is not visualize and not {"--resume", "--evaluate"} & set(flags):
+        flags += shlex.split("--limit 64 --epochs 1 --batch-size 32 --device cpu --precision fp32")
+        if "--init" not in flags:
+            flags += shlex.split("--dim 48 --depth 1 --heads 3")
+        if "--labels-per-class" in flags:
+            flags += shlex.split("--labels-per-class 2 --repeat 2")
+        if program is pretrain:
+            flags += shlex.split("--decoder-dim 48 --decoder-depth 1 --decoder-heads 3")
+        if command in done:                                 # the same run, with torchrun
+            flags += ["--out", f"runs/{len(done)}"]
+    status, _, err = run(program, *flags)
+    assert status == 0, f"{command}: {err}"
+    done.append(command)
+
+
 README = (HERE / "README.md").read_text()
 COMMANDS = re.findall(r"^    (?:python|torchrun .*?) ?((?:pretrain|finetune|visualize)\.py.*)$",
                       README, re.MULTILINE)
@@ -1322,22 +1341,35 @@ def test_every_command_in_the_readme_works(data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.symlink(data_dir, "data")
     os.symlink(HERE / "results", "results")
-    small = shlex.split("--limit 64 --epochs 1 --batch-size 32 --device cpu --precision fp32")
-    model = shlex.split("--dim 48 --depth 1 --heads 3")
-    decoder = shlex.split("--decoder-dim 48 --decoder-depth 1 --decoder-heads 3")
     assert len(COMMANDS) > 25
     done = []
     for command in COMMANDS:
-        file, *flags = shlex.split(command)
-        program = sys.modules[file.removesuffix(".py")]
-        if program is not visualize and not {"--resume", "--evaluate"} & set(flags):
-            flags += small + (model if "--init" not in flags else [])
-            flags += decoder if program is pretrain else []
-            if command in done:                             # the same run, with torchrun
-                flags += ["--out", f"runs/{len(done)}"]
-        status, _, err = run(program, *flags)
-        assert status == 0, f"{command}: {err}"
-        done.append(command)
+        run_small(command, done)
+
+
+def test_the_script_of_the_results_works_goes_on_and_ends(data_dir, tmp_path, monkeypatch):
+    """First with a stand-in for python, which says what it is to do; then what it said."""
+    text = (HERE / "results" / "README.md").read_text()
+    script, = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\nmkdir -p "$3"\ntouch "$3/$LEAVE"\n')
+    (tmp_path / "python").chmod(0o755)
+
+    def commands(leave: str) -> list[str]:
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "LEAVE": leave,
+                       "FLAGS": "--seed 1"}
+        return subprocess.run(["bash", "-c", script], env=environment, cwd=tmp_path, check=True,
+                              capture_output=True, text=True).stdout.splitlines()
+
+    begun = commands("checkpoint.pt")
+    assert len(begun) > 10 and all(command.endswith("--seed 1") for command in begun)
+    gone_on = commands("weights.pt")
+    assert [" ".join(command.split()[:3]) + " --resume --seed 1" for command in begun] == gone_on
+    assert commands("weights.pt") == []
+    shutil.rmtree(tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    os.symlink(data_dir, "data")
+    for command in begun:
+        run_small(command, [])
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[-1])
