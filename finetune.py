@@ -60,8 +60,8 @@ def make_parser() -> data.Parser:
 
     flag("--pool", "what the head reads: the class token, or the mean over the patches",
          choices=["cls", "mean"])
-    flag("--layer-decay", "learning rate of each layer, in parts of that of the layer above; from "
-         "scratch 1", type=data.number(float, 0, 1), metavar="F")
+    flag("--layer-decay", "learning rate of each layer, in parts of that of the layer above",
+         type=data.number(float, 0, 1), metavar="F")
     flag("--mask-ratio", "part of the patches left out of training images, at least 0",
          type=data.number(float, 0, 1), metavar="R")
     flag("--mix", "blend training images and their labels, two by two",
@@ -87,9 +87,7 @@ def resolve_settings(given: dict, machine: Machine) -> tuple[argparse.Namespace,
     mode, checkpoint = given.get("mode", "finetune"), None
     fixed = dict(LINEAR if mode == "linear" else {}, mode=mode, init=None, labels_per_class=None,
                  repeat=1)
-    if "init" not in given:
-        fixed["layer_decay"] = 1.0                          # all layers have as much to learn
-    else:
+    if "init" in given:
         checkpoint = data.load_checkpoint(given["init"], "pretrain")
         for name in mae.MODEL_SIZES:
             fixed[name] = size = checkpoint["settings"][name]
