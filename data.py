@@ -9,7 +9,7 @@ flipped, cropped and scaled by operations on the whole batch, wherever the tenso
     download      archive -> checked -> unpacked -> in place
     shapes        a data set of drawn shapes, for machines without CIFAR
     parse         the binary records, by hand
-    batches       order, crops and flips, scaling
+    batches       order, crops and flips, mixing, scaling
 
 CIFAR-10 and CIFAR-100: Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images;
 the binary format is described at https://www.cs.toronto.edu/~kriz/cifar.html.
@@ -52,8 +52,8 @@ def is_main_process() -> bool:
 @contextlib.contextmanager
 def exit_on_bad_input():
     """Around a program: bad input, or a file that the system refuses, is one line on standard
-    error and exit status 2; Ctrl-C one line and 130, SIGTERM (see `pretrain.stop_on_sigterm`)
-    143. Other errors keep their traceback.
+    error and exit status 2, and so is a want of memory; Ctrl-C one line and 130, SIGTERM (see
+    `pretrain.stop_on_sigterm`) 143. Other errors keep their traceback.
     """
     try:
         yield
@@ -64,6 +64,12 @@ def exit_on_bad_input():
         if not error.filename:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "t allocate memory" not in str(error):
+            raise
+        print("error: out of memory: lower --micro-batch-size, or the sizes of model or batch",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         if is_main_process():
@@ -119,7 +125,7 @@ def write_file(path: Path | str, content: bytes) -> None:
                        "what was there before is intact") from None
 
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 
 def save_checkpoint(path: Path | str, checkpoint: dict) -> None:
@@ -357,8 +363,9 @@ class Dataset:
         for label, title in enumerate(self.classes):
             of_class = order[self.train_labels.cpu()[order] == label]
             if len(of_class) < per_class:
-                raise BadInput(f"--labels-per-class {per_class}: {self.name} has {len(of_class)} "
-                               f"training images of class {title}")
+                raise BadInput(f"--labels-per-class {per_class}: of the "
+                               f"{len(order):,} training images of {self.name} in use, "
+                               f"{len(of_class)} are of class {title}")
             ids.append(of_class[:per_class])
         return self.subset(torch.cat(ids).sort().values)
 

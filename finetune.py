@@ -64,19 +64,19 @@ def make_parser() -> data.Parser:
          type=data.number(float, 0, 1), metavar="F")
     flag("--mask-ratio", "part of the patches left out of training images, at least 0",
          type=data.number(float, 0, 1), metavar="R")
-    flag("--mix", "blend training images and their labels, two by two",
+    flag("--mix", "mixup or CutMix: each training image, and its label, mixed with another",
          action=argparse.BooleanOptionalAction)
     flag("--label-smoothing", "part of the probability that all classes share in training",
-         type=data.number(float, 0, 1), metavar="S")
+         type=data.number(float, 0, 0.9), metavar="S")
     parser.add_argument("--init", help="checkpoint or run folder of pretrain.py; its encoder is "
                         "the start (none: from scratch)", metavar="CHECKPOINT",
                         type=lambda text: str(Path(text)))
     parser.add_argument("--mode", help="finetune: all weights learn; linear: only the head "
                         "(finetune)", choices=["finetune", "linear"])
     parser.add_argument("--labels-per-class", help="train on N random images of each class (all)",
-                        type=data.number(int, 1), metavar="N")
+                        type=data.number(int, 1, 10**6), metavar="N")
     parser.add_argument("--repeat", help="show each training image N times an epoch, for few "
-                        "images (1)", type=data.number(int, 1), metavar="N")
+                        "images (1)", type=data.number(int, 1, 10**4), metavar="N")
     parser.add_argument("--evaluate", help="print the test accuracy of a classifier and train "
                         "nothing", metavar="CHECKPOINT")
     return parser
@@ -92,18 +92,17 @@ def resolve_settings(given: dict, machine: Machine) -> tuple[argparse.Namespace,
         for name in mae.MODEL_SIZES:
             fixed[name] = size = checkpoint["settings"][name]
             if given.get(name, size) != size:
-                raise BadInput(f"--{name.replace('_', '-')} {given[name]} contradicts "
-                               f"{given['init']}, whose encoder has {size}: leave the flag out")
+                raise BadInput(f"{shared.spell(name, given[name])} contradicts {given['init']}, "
+                               f"whose encoder has {size}: leave the flag out")
     recipes = {name: {**recipe, **fixed} for name, recipe in RECIPES.items()}
     settings = shared.resolve_settings(given, recipes, machine)
     if mode == "linear":
         if checkpoint is None:
             raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
-        for name in ("layer_decay", "augment", "mask_ratio", "mix", "label_smoothing",
-                     "repeat", "micro_batch_size"):
-            if name in given and given[name] != fixed.get(name):
-                raise BadInput(f"--{name.replace('_', '-')} {given[name]}: a linear probe trains "
-                               "one layer on features computed once; leave the flag out")
+        for name in ("layer_decay", "augment", "mask_ratio", "mix", "label_smoothing", "repeat"):
+            if given.get(name, fixed[name]) != fixed[name]:
+                raise BadInput(f"{shared.spell(name, given[name])}: a linear probe trains one "
+                               "layer on features computed once; leave the flag out")
         if settings.batch_size < 2:
             raise BadInput("--batch-size 1: the linear probe normalises over a batch; give 2 or "
                            "more")
@@ -115,7 +114,8 @@ def resolve_settings(given: dict, machine: Machine) -> tuple[argparse.Namespace,
 
 def layers_above(name: str, depth: int) -> int:
     """How many layers of a ViT stand above the one that a parameter belongs to: none above norm
-    and head, then the blocks from the last to the first, then the embeddings."""
+    and head, then the blocks from the last to the first, then the embeddings. For the layer-wise
+    decay of the learning rate (Clark et al. 2020, arXiv 2003.10555; MAE, table 9)."""
     part, _, rest = name.partition(".")
     if part == "blocks":
         return depth - int(rest.split(".")[0])
@@ -139,7 +139,8 @@ def epoch_batches(inputs: Tensor, labels: Tensor, settings: argparse.Namespace, 
     labels smoothed, (B, classes), and, where patches are left out, noise (B, N)."""
     device = inputs.device
     generator = data.seeded_generator(device, settings.seed, epoch)
-    for ids in data.epoch_order(len(inputs), settings.batch_size, generator):
+    count = len(inputs) * settings.repeat
+    for ids in data.epoch_order(count, settings.batch_size, generator) % len(inputs):
         images, targets = data.augment(inputs[ids], settings.augment, generator), labels[ids]
         if settings.mix or settings.label_smoothing:
             targets = smooth(targets, settings.num_classes, settings.label_smoothing)
@@ -205,7 +206,8 @@ def main(argv: list[str] | None = None) -> None:
     given = shared.parse_flags(make_parser(), argv)
     if "evaluate" in given:
         for name in given.keys() - {"evaluate", "dataset", "data_dir", "device", "precision"}:
-            raise BadInput(f"--{name.replace('_', '-')} does nothing with --evaluate: leave it out")
+            raise BadInput(f"{shared.spell(name, given[name])} does nothing with --evaluate: leave "
+                           "it out")
     checkpoint = init = None
     if given.get("resume"):
         checkpoint = shared.load_run(given["out"], "classifier")
@@ -246,17 +248,17 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
     dataset = shared.load_data(settings, machine)
     if settings.labels_per_class:
         dataset = dataset.balanced(settings.labels_per_class, settings.seed)
-    if settings.repeat > 1:
-        dataset = dataset.subset(torch.arange(len(dataset.train_images)).repeat(settings.repeat))
     settings.num_classes = len(dataset.classes)
     classifier = shared.build("classifier", settings)
-    tokens_width = (1 + classifier.count_visible()) * settings.dim * settings.depth
+    tokens = 1 + classifier.count_visible()
     if settings.mode == "linear":
+        if settings.micro_batch_size:
+            raise BadInput("--micro-batch-size does nothing with --mode linear: leave it out")
         machine = dataclasses.replace(machine, processes=1)     # each trains the same small probe
         micro = settings.batch_size
     else:
-        micro = shared.fit_micro_batch(settings, machine, tokens_width)
-    kind = settings.mode if settings.init or settings.mode == "linear" else "scratch"
+        micro = shared.fit_micro_batch(settings, machine, tokens * settings.dim * settings.depth)
+    kind = settings.mode if settings.init else "scratch"
     labels = f"-{settings.labels_per_class}-labels" if settings.labels_per_class else ""
     out = given.get("out") or Path("runs") / f"{kind}-{dataset.name}-{settings.recipe}{labels}"
     if init:
@@ -267,7 +269,7 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
     if checkpoint:
         data.load_weights(classifier, checkpoint["model"], out)
 
-    steps = max(1, len(dataset.train_images) // settings.batch_size)
+    steps = max(1, len(dataset.train_images) * settings.repeat // settings.batch_size)
     images = steps * settings.batch_size
     if machine.main:
         shared.describe_run(settings, machine, dataset, steps, micro, classifier,
@@ -304,8 +306,9 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
     if benchmark:
         return shared.run_benchmark(model, classify, batches, optimizer, micro, settings, machine)
     if settings.mode == "finetune":                         # a probe takes seconds
-        shared.say_expected(model, classify, batches(0), images * (settings.epochs - len(log)),
-                            micro, machine)
+        tests = len(test_inputs) * (1 + classifier.num_patches) / tokens / 3    # forward alone
+        shared.say_expected(model, classify, batches(0),
+                            (images + tests) * (settings.epochs - len(log)), micro, machine)
     with shared.run_folder(out, "finetune.py", checkpoint is not None, machine):
         if machine.main:
             if not checkpoint:                              # first what a resumed run needs

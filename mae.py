@@ -346,14 +346,14 @@ class MAEViT(nn.Module):
 
 
 class ViTClassifier(Encoder):
-    """The encoder on all patches, and a linear head on what it makes of them.
+    """The encoder on whole images, and a linear head on what it makes of them.
 
     It takes the encoder's parts over (it does not copy them) under the names that timm's
     VisionTransformer gives them. pool: the head reads the code of the class token ("cls") or
     the mean over those of the patches ("mean"; MAE, appendix A.1). mask_ratio: the part of the
-    patches that is left out where noise is given, in training (PatchDropout, Liu et al. 2022,
-    arXiv 2208.07220): it costs less and regularises. Raises ValueError for another pool, fewer
-    than one class, or a mask ratio that leaves no patch.
+    patches that is left out where noise is given, and only there; for training (PatchDropout, Liu
+    et al. 2022, arXiv 2208.07220): it costs less and regularises. Raises ValueError for another
+    pool, fewer than one class, or a mask ratio that leaves no patch.
     """
 
     def __init__(self, encoder: Encoder, num_classes: int = 10, pool: str = "cls",

@@ -88,7 +88,7 @@ def add_common_flags(parser: data.Parser, recipes: dict) -> None:
     def flag(name: str, text: str, **kwargs) -> None:
         add_flag(parser, recipes, name, text, **kwargs)
 
-    positive, switch = data.number(int, 1), argparse.BooleanOptionalAction
+    positive, switch = data.number(int, 1, 10**6), argparse.BooleanOptionalAction
     flag("--recipe", "set of defaults; any flag given by hand wins (auto: full on CUDA, else "
          "laptop)", choices=["auto", *recipes])
     flag("--dataset", "auto is CIFAR-10 where it is or can be downloaded, else the drawn shapes "
@@ -118,7 +118,7 @@ def add_common_flags(parser: data.Parser, recipes: dict) -> None:
     flag("--precision", "bf16 runs matrix products in bfloat16 (auto: bf16 where the processor "
          "multiplies it in hardware)", choices=["auto", "fp32", "bf16"])
     flag("--compile", "compile the model with torch.compile (auto: on CUDA)", action=switch)
-    flag("--out", "run folder (runs/PROGRAM-DATASET-RECIPE)", metavar="RUN", type=Path)
+    flag("--out", "run folder (runs/KIND-DATASET-RECIPE)", metavar="RUN", type=Path)
     flag("--resume", "go on with the run in --out, with its own settings", action="store_const",
          const=True)
     flag("--benchmark", "print this machine's speed with these settings and write nothing",
@@ -129,7 +129,7 @@ def make_parser() -> data.Parser:
     parser = data.Parser(allow_abbrev=False, description="Pre-train a masked autoencoder. Defaults "
                          "in parentheses, where they depend on the recipe with its name.")
     add_common_flags(parser, RECIPES)
-    positive = data.number(int, 1)
+    positive = data.number(int, 1, 10**6)
 
     def flag(name: str, text: str, **kwargs) -> None:
         add_flag(parser, RECIPES, name, text, **kwargs)
@@ -155,6 +155,14 @@ def parse_flags(parser: data.Parser, argv: list[str] | None) -> dict:
     if given.get("benchmark") and "out" in given and not given.get("resume"):
         raise BadInput("--out does nothing with --benchmark: leave it out")
     return given
+
+
+def spell(name: str, value) -> str:
+    """A flag as it was given."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value}"
 
 
 def resolve_settings(given: dict, recipes: dict, machine: "Machine") -> argparse.Namespace:
@@ -190,9 +198,8 @@ def resumed_settings(checkpoint: dict, given: dict) -> argparse.Namespace:
         if value in (own, "auto") or name in MAY_CHANGE and not hasattr(settings, name):
             continue
         if not raised and name not in MAY_CHANGE:
-            raise BadInput(f"--{name.replace('_', '-')} {value} contradicts the run in "
-                           f"{given['out']}, which has {own}: leave the flag out, or start another "
-                           "run with another --out")
+            raise BadInput(f"{spell(name, value)} contradicts the run in {given['out']}, which has "
+                           f"{own}: leave the flag out, or start another run with another --out")
         setattr(settings, name, value)
     if settings.epochs > before[0] and data.is_main_process():
         print(f"schedule: the cosine now ends after epoch {settings.epochs} instead of {before[0]};"
@@ -666,8 +673,9 @@ def build(kind: str, settings: argparse.Namespace) -> nn.Module:
     try:
         return mae.build_model(kind, vars(settings))
     except ValueError as error:
-        raise BadInput(f"{error}: see --patch-size, --dim, --heads, --mask-ratio and the "
-                       "decoder's flags") from None
+        flags = "--patch-size, --dim, --heads, --mask-ratio"
+        flags += ", --decoder-heads" if kind == "pretrain" else ""
+        raise BadInput(f"{error}: see {flags}") from None
 
 
 def masked_loss(model: nn.Module, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -698,7 +706,7 @@ def test_loss(model: nn.Module, images: Tensor, noise: Tensor, machine: Machine)
     return machine.sum(total).item() / len(images)
 
 
-def say_expected(model: nn.Module, objective, batches, images: int, micro: int,
+def say_expected(model: nn.Module, objective, batches, images: float, micro: int,
                  machine: Machine) -> None:
     """Print how long training on so many images will take, by the second of two micro-batches;
     the model stays as it was."""
