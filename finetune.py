@@ -34,7 +34,7 @@ RECIPES = {
         weight_decay=0.05, layer_decay=1.0, augment="none", mask_ratio=0.0, mix=False,
         label_smoothing=0.0),
     "laptop": dict(
-        MODELS["laptop"], pool="mean", epochs=10, warmup_epochs=1, batch_size=64, base_lr=8e-3,
+        MODELS["laptop"], pool="mean", epochs=4, warmup_epochs=0.5, batch_size=64, base_lr=8e-3,
         weight_decay=0.05, layer_decay=0.8, augment="crop", mask_ratio=0.5, mix=False,
         label_smoothing=0.0),
     "strong": dict(

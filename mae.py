@@ -18,9 +18,10 @@ Sources:
     MAE   He et al. 2021, Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377
     ViT   Dosovitskiy et al. 2020, An Image Is Worth 16x16 Words, arXiv 2010.11929
 
-Departures from the MAE paper, usual at CIFAR's size: position embeddings are learned, not
-sine-cosine; no LayerNorm stands between the decoder's blocks and its head; queries, keys and values
-have no bias; where encoder and decoder are of one width, no linear layer stands between them.
+Departures from the MAE paper, usual at CIFAR's size: position embeddings start as its sines and
+cosines, but learn; no LayerNorm stands between the decoder's blocks and its head; queries, keys
+and values have no bias; where encoder and decoder are of one width, no linear layer stands between
+them.
 """
 import math
 
@@ -199,6 +200,20 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
+def sine_cosine(N: int, D: int) -> Tensor:
+    """Where the position embeddings of N patches start, (N, D): sines and cosines of each patch's
+    row, then of its column, at falling frequencies (Vaswani et al. 2017, arXiv 1706.03762,
+    section 3.5; MAE, appendix A.1)."""
+    side, waves = math.isqrt(N), D // 4
+    frequencies = 10_000 ** (-torch.arange(waves) / max(waves, 1))          # (D/4)
+    angles = torch.arange(side)[:, None] * frequencies      # (side, D/4)
+    codes = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
+    rows = codes[:, None].expand(-1, side, -1)              # (side, side, D/2)
+    columns = codes[None].expand(side, -1, -1)              # (side, side, D/2)
+    positions = torch.cat([rows, columns], dim=2).flatten(0, 1)
+    return F.pad(positions, (0, D - 4 * waves))             # zeros where 4 does not divide D
+
+
 class Encoder(nn.Module):
     """A ViT that sees the visible patches alone (MAE, section 3, "MAE encoder").
 
@@ -217,7 +232,7 @@ class Encoder(nn.Module):
         self.num_patches = (image_size // patch_size) ** 2  # N
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches, dim))  # none for the class
+        self.pos_embed = nn.Parameter(sine_cosine(self.num_patches, dim)[None])     # no class token
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         initialize(self)
@@ -262,14 +277,14 @@ class Encoder(nn.Module):
 
 
 def initialize(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases (MAE, appendix A.1); tokens and position
-    embeddings normal with deviation 0.02."""
+    """Xavier-uniform weights and zero biases, tokens normal with deviation 0.02 (MAE, appendix
+    A.1)."""
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(layer.weight.flatten(1))  # a patch as one row, as in a linear
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-    for name in ("cls_token", "mask_token", "pos_embed"):
+    for name in ("cls_token", "mask_token"):
         if hasattr(module, name):
             nn.init.normal_(getattr(module, name), std=0.02)
 
@@ -287,7 +302,8 @@ class Decoder(nn.Module):
             raise ValueError("decoder width and depth must be at least 1")
         self.embed = nn.Identity() if dim == encoder_dim else nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, dim))
+        positions = F.pad(sine_cosine(num_patches, dim), (0, 0, 1, 0))  # zeros for the class token
+        self.pos_embed = nn.Parameter(positions[None])      # (1, N + 1, D')
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.head = nn.Linear(dim, 3 * patch_size ** 2)
         initialize(self)

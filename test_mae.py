@@ -190,6 +190,19 @@ def test_attention_maps_are_those_that_the_blocks_use():
     torch.testing.assert_close(block.attn(block.norm1(tokens)), written_out)
 
 
+def test_positions_start_as_sines_and_cosines_of_row_and_column():
+    model = MAEViT()                                        # 16 x 16 patches
+    positions = model.encoder.pos_embed[0].detach().view(16, 16, 192)
+    for row, column, i in itertools.product((0, 5, 15), (0, 3, 15), (0, 7, 47)):
+        frequency = 10_000 ** (-i / 48)
+        expected = [math.sin(row * frequency), math.cos(row * frequency),
+                    math.sin(column * frequency), math.cos(column * frequency)]
+        assert positions[row, column, i::48].tolist() == pytest.approx(expected, abs=1e-5)
+    assert (model.decoder.pos_embed[0, 0] == 0).all()       # the class token has no place
+    assert torch.equal(model.decoder.pos_embed[0, 1:], model.encoder.pos_embed[0])
+    assert model.encoder.pos_embed.requires_grad
+
+
 def test_parameters_are_as_designed():
     model = MAEViT()
     assert sum(p.numel() for p in model.parameters()) == 7_212_684
