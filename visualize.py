@@ -556,7 +556,8 @@ def draw_embeddings(model: nn.Module, caption: str) -> Image.Image:
     """Each position's embedding compared with all others, and the filters that embed a patch.
 
     ViT, figure 7: the map at row i, column j shows the cosine similarity of the position
-    embedding of patch (i, j) with those of all patches. A filter is the weights of one of the D
+    embedding of patch (i, j) with those of all patches, what all have in common, their mean, taken
+    away: it places nothing. A filter is the weights of one of the D
     outputs for the pixels of a patch, grey for zero, by its largest weight; longest first.
     """
     encoder = encoder_of(model)
@@ -567,6 +568,7 @@ def draw_embeddings(model: nn.Module, caption: str) -> Image.Image:
     half = (WIDTH - 2 * MARGIN - 40) // 2
     maps = []
     for embedding in positions.values():
+        embedding = embedding - embedding.mean(dim=0)
         alike = F.normalize(embedding, dim=1) @ F.normalize(embedding, dim=1).T     # (N, N)
         maps.append(mosaic(heat((alike.view(-1, side, side) + 1) / 2), side,
                            max(1, (half // side - 2) // side), 2))
@@ -585,7 +587,8 @@ def draw_embeddings(model: nn.Module, caption: str) -> Image.Image:
         sheet.text(x, sheet.top + 2, f"position embeddings of the {name}")
         sheet.tile(x, sheet.top + 40, picture)
     y = sheet.top + 40 + size + 18
-    sheet.color_bar(y, "-1", "1", "cosine similarity of the patch at each map's place with all")
+    sheet.color_bar(y, "-1", "1", "cosine similarity of the patch at each map's place with all, less "
+                    "their mean")
     sheet.text(MARGIN, y + 58, f"the {encoder.dim} filters of the patch embedding, longest first")
     sheet.tile(MARGIN, y + 96, filters)
     return sheet.image
