@@ -133,6 +133,12 @@ def classify(model: nn.Module, inputs: Tensor, labels: Tensor, *noise: Tensor):
     return loss, torch.stack([loss, accuracy])
 
 
+def smooth(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Label smoothing (Szegedy et al. 2015, arXiv 1512.00567): a part of the probability is shared
+    by all classes: (B,) -> (B, classes)."""
+    return F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+
+
 def epoch_batches(inputs: Tensor, labels: Tensor, settings: argparse.Namespace, num_patches: int,
                   epoch: int):
     """The global batches of an epoch: inputs (B, ...), labels (B,) or, where images are mixed or
@@ -146,16 +152,11 @@ def epoch_batches(inputs: Tensor, labels: Tensor, settings: argparse.Namespace, 
             targets = smooth(targets, settings.num_classes, settings.label_smoothing)
         if settings.mix:
             images, targets = data.mix(images, targets, generator)
-        noise = ()
-        if settings.mask_ratio:
-            noise = torch.rand(len(ids), num_patches, generator=generator, device=device),
-        yield images, targets, *noise
-
-
-def smooth(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Label smoothing (Szegedy et al. 2015, arXiv 1512.00567): a part of the probability is shared
-    by all classes: (B,) -> (B, classes)."""
-    return F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+        if not settings.mask_ratio:
+            yield images, targets
+        else:
+            noise = torch.rand(len(ids), num_patches, generator=generator, device=device)
+            yield images, targets, noise
 
 
 @torch.no_grad()

@@ -210,7 +210,7 @@ def sine_cosine(N: int, D: int) -> Tensor:
     codes = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
     rows = codes[:, None].expand(-1, side, -1)              # (side, side, D/2)
     columns = codes[None].expand(side, -1, -1)              # (side, side, D/2)
-    positions = torch.cat([rows, columns], dim=2).flatten(0, 1)
+    positions = torch.cat([rows, columns], dim=2).flatten(0, 1)     # (N, 4 * waves)
     return F.pad(positions, (0, D - 4 * waves))             # zeros where 4 does not divide D
 
 
@@ -232,7 +232,8 @@ class Encoder(nn.Module):
         self.num_patches = (image_size // patch_size) ** 2  # N
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(sine_cosine(self.num_patches, dim)[None])     # no class token
+        positions = sine_cosine(self.num_patches, dim)      # (N, D), none for the class token
+        self.pos_embed = nn.Parameter(positions[None])      # (1, N, D)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         initialize(self)
@@ -302,7 +303,7 @@ class Decoder(nn.Module):
             raise ValueError("decoder width and depth must be at least 1")
         self.embed = nn.Identity() if dim == encoder_dim else nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        positions = F.pad(sine_cosine(num_patches, dim), (0, 0, 1, 0))  # zeros for the class token
+        positions = F.pad(sine_cosine(num_patches, dim), (0, 0, 1, 0))  # zeros: the class token's
         self.pos_embed = nn.Parameter(positions[None])      # (1, N + 1, D')
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.head = nn.Linear(dim, 3 * patch_size ** 2)
@@ -387,7 +388,7 @@ class ViTClassifier(Encoder):
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
         self.shuffle = PatchShuffle(mask_ratio) if mask_ratio else None
-        self.count_visible()
+        self.count_visible()                                # raises where none would be left
 
     def count_visible(self) -> int:
         """K: how many patches are encoded where noise is given."""

@@ -157,6 +157,11 @@ def parse_flags(parser: data.Parser, argv: list[str] | None) -> dict:
     return given
 
 
+NOT_KEPT = {"out", "resume", "benchmark", "device", "compile", "recipe", "precision"}
+MAY_CHANGE = {"out", "resume", "benchmark", "device", "precision", "compile", "data_dir",
+              "micro_batch_size", "picture_every"}  # where and how a run runs, not what it learns
+
+
 def spell(name: str, value) -> str:
     """A flag as it was given."""
     flag = name.replace("_", "-")
@@ -181,11 +186,6 @@ def resolve_settings(given: dict, recipes: dict, machine: "Machine") -> argparse
         raise BadInput(f"--warmup-epochs {settings.warmup_epochs} is longer than --epochs "
                        f"{settings.epochs}")
     return settings
-
-
-NOT_KEPT = {"out", "resume", "benchmark", "device", "compile", "recipe", "precision"}
-MAY_CHANGE = {"out", "resume", "benchmark", "device", "precision", "compile", "data_dir",
-              "micro_batch_size", "picture_every"}  # where and how a run runs, not what it learns
 
 
 def resumed_settings(checkpoint: dict, given: dict) -> argparse.Namespace:

@@ -587,8 +587,8 @@ def draw_embeddings(model: nn.Module, caption: str) -> Image.Image:
         sheet.text(x, sheet.top + 2, f"position embeddings of the {name}")
         sheet.tile(x, sheet.top + 40, picture)
     y = sheet.top + 40 + size + 18
-    sheet.color_bar(y, "-1", "1", "cosine similarity of the patch at each map's place with all, less "
-                    "their mean")
+    sheet.color_bar(y, "-1", "1", "cosine similarity of the patch at each map's place with all, "
+                    "less their mean")
     sheet.text(MARGIN, y + 58, f"the {encoder.dim} filters of the patch embedding, longest first")
     sheet.tile(MARGIN, y + 96, filters)
     return sheet.image
