@@ -125,7 +125,7 @@ def write_file(path: Path | str, content: bytes) -> None:
                        "what was there before is intact") from None
 
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 
 
 def save_checkpoint(path: Path | str, checkpoint: dict) -> None:

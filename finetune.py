@@ -31,20 +31,20 @@ from pretrain import MODELS, Machine
 RECIPES = {
     "full": dict(
         MODELS["full"], pool="cls", epochs=100, warmup_epochs=5, batch_size=128, base_lr=1e-3,
-        weight_decay=0.05, layer_decay=1.0, augment="none", mask_ratio=0.0, mix=False,
-        label_smoothing=0.0),
+        optimizer="adamw", weight_decay=0.05, layer_decay=1.0, augment="none", mask_ratio=0.0,
+        mix=False, label_smoothing=0.0),
     "laptop": dict(
         MODELS["laptop"], pool="mean", epochs=4, warmup_epochs=0.5, batch_size=64, base_lr=8e-3,
-        weight_decay=0.05, layer_decay=0.8, augment="crop", mask_ratio=0.5, mix=False,
-        label_smoothing=0.0),
+        optimizer="muon", weight_decay=0.05, layer_decay=0.8, augment="crop", mask_ratio=0.5,
+        mix=False, label_smoothing=0.0),
     "strong": dict(
         MODELS["full"], pool="mean", epochs=100, warmup_epochs=5, batch_size=128, base_lr=2e-3,
-        weight_decay=0.05, layer_decay=0.8, augment="crop", mask_ratio=0.5, mix=True,
-        label_smoothing=0.1),
+        optimizer="muon", weight_decay=0.05, layer_decay=0.8, augment="crop", mask_ratio=0.5,
+        mix=True, label_smoothing=0.1),
 }
 LINEAR = dict(                      # with --mode linear, over those of the recipe
-    epochs=100, warmup_epochs=10, batch_size=512, base_lr=1e-2, weight_decay=0.0, layer_decay=1.0,
-    augment="none", mask_ratio=0.0, mix=False, label_smoothing=0.0)
+    epochs=100, warmup_epochs=10, batch_size=512, base_lr=1e-2, optimizer="adamw", weight_decay=0.0,
+    layer_decay=1.0, augment="none", mask_ratio=0.0, mix=False, label_smoothing=0.0)
 
 
 def make_parser() -> data.Parser:
@@ -99,7 +99,8 @@ def resolve_settings(given: dict, machine: Machine) -> tuple[argparse.Namespace,
     if mode == "linear":
         if checkpoint is None:
             raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
-        for name in ("layer_decay", "augment", "mask_ratio", "mix", "label_smoothing", "repeat"):
+        for name in ("optimizer", "layer_decay", "augment", "mask_ratio", "mix", "label_smoothing",
+                     "repeat"):
             if given.get(name, fixed[name]) != fixed[name]:
                 raise BadInput(f"{shared.spell(name, given[name])}: a linear probe trains one "
                                "layer on features computed once; leave the flag out")
@@ -285,12 +286,13 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
         if checkpoint:
             data.load_weights(plain, checkpoint["probe"], out)
     model = shared.prepare_model(plain, machine)
-    optimizer = shared.make_optimizer(
-        plain, settings.weight_decay, betas=(0.9, 0.999),
+    optimizers = shared.make_optimizers(
+        plain, settings, betas=(0.9, 0.999),
         lr_scale=lambda name: settings.layer_decay ** layers_above(name, settings.depth))
     log = []
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
+            optimizer.load_state_dict(state)
         log = checkpoint["log"]
 
     def batches(epoch: int):
@@ -302,10 +304,10 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
         if settings.mode == "linear":
             fold_probe(plain, classifier.head)
             more = {"probe": plain.state_dict()}
-        shared.save_epoch(out, "classifier", settings, classifier, optimizer, log, **more)
+        shared.save_epoch(out, "classifier", settings, classifier, optimizers, log, **more)
 
     if benchmark:
-        return shared.run_benchmark(model, classify, batches, optimizer, micro, settings, machine)
+        return shared.run_benchmark(model, classify, batches, optimizers, micro, settings, machine)
     if settings.mode == "finetune":                         # a probe takes seconds
         tests = len(test_inputs) * (1 + classifier.num_patches) / tokens / 3    # forward alone
         shared.say_expected(model, classify, batches(0),
@@ -321,7 +323,7 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
         for epoch in range(len(log) + 1, settings.epochs + 1):
             started = time.monotonic()
             train_loss, train_accuracy = shared.train_epoch(
-                model, classify, batches(epoch), steps, optimizer, epoch, micro, settings, machine)
+                model, classify, batches(epoch), steps, optimizers, epoch, micro, settings, machine)
             trained = time.monotonic()
             test_loss, test_accuracy = test(plain, test_inputs, dataset.test_labels, machine)
             values = {"train_loss": train_loss, "train_accuracy": train_accuracy,

@@ -203,9 +203,10 @@ class PatchEmbed(nn.Module):
 def sine_cosine(N: int, D: int) -> Tensor:
     """Where the position embeddings of N patches start, (N, D): sines and cosines of each patch's
     row, then of its column, at falling frequencies (Vaswani et al. 2017, arXiv 1706.03762,
-    section 3.5; MAE, appendix A.1)."""
+    section 3.5; MAE, appendix A.1). Theirs fall by up to 10,000, as for long texts; ours by up to
+    the grid's side, or most would hardly change from patch to patch."""
     side, waves = math.isqrt(N), D // 4
-    frequencies = 10_000 ** (-torch.arange(waves) / max(waves, 1))          # (D/4)
+    frequencies = side ** (-torch.arange(waves) / max(waves, 1))            # (D/4)
     angles = torch.arange(side)[:, None] * frequencies      # (side, D/4)
     codes = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
     rows = codes[:, None].expand(-1, side, -1)              # (side, side, D/2)
@@ -308,6 +309,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.head = nn.Linear(dim, 3 * patch_size ** 2)
         initialize(self)
+        nn.init.normal_(self.head.weight, std=0.02)         # the first predictions: about grey
 
     def forward(self, latent: Tensor, restore: Tensor) -> Tensor:
         """(B, 1 + K, D), (B, N) -> pred (B, N, 3*p*p), in image order."""

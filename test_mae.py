@@ -194,7 +194,7 @@ def test_positions_start_as_sines_and_cosines_of_row_and_column():
     model = MAEViT()                                        # 16 x 16 patches
     positions = model.encoder.pos_embed[0].detach().view(16, 16, 192)
     for row, column, i in itertools.product((0, 5, 15), (0, 3, 15), (0, 7, 47)):
-        frequency = 10_000 ** (-i / 48)
+        frequency = 16 ** (-i / 48)
         expected = [math.sin(row * frequency), math.cos(row * frequency),
                     math.sin(column * frequency), math.cos(column * frequency)]
         assert positions[row, column, i::48].tolist() == pytest.approx(expected, abs=1e-5)
@@ -635,17 +635,47 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
     assert rate(10) == pytest.approx(2e-3 * (1 + math.cos(math.pi / 4)) / 2)
 
 
-def test_weight_decay_spares_biases_norms_tokens_and_positions():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_weight_has_its_optimizer_and_weight_decay(optimizer):
+    """Weight decay spares biases, norms, tokens and positions; Muon steps matrices of blocks."""
     model = tiny_mae()
-    groups = pretrain.make_optimizer(model, 0.05, (0.9, 0.95)).param_groups
-    spared, decayed = sorted(groups, key=lambda group: group["weight_decay"])
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0
-    assert len(decayed["params"]) + len(spared["params"]) == len(names)
-    for parameter in decayed["params"]:
-        assert re.search(r"(qkv|proj|fc1|fc2|embed|head)\.weight$", names[id(parameter)])
-    for parameter in spared["params"]:
-        assert re.search(r"(bias|norm\d?\.weight|_token|pos_embed)$", names[id(parameter)])
+    settings = pretrain.argparse.Namespace(optimizer=optimizer, weight_decay=0.05)
+    optimizers = pretrain.make_optimizers(model, settings, (0.9, 0.95))
+    assert [type(one).__name__ for one in optimizers] == ["AdamW", "Muon"][:1 + ("muon" in optimizer)]
+    found = {id(parameter): (one, group) for one in optimizers for group in one.param_groups
+             for parameter in group["params"]}
+    assert sum(len(group["params"]) for one in optimizers for group in one.param_groups) == len(found)
+    for name, parameter in model.named_parameters():
+        one, group = found[id(parameter)]
+        matrix = re.search(r"(qkv|proj|fc1|fc2|embed|head)\.weight$", name)
+        assert matrix or re.search(r"(bias|norm\d?\.weight|_token|pos_embed)$", name)
+        assert group["weight_decay"] == (0.05 if matrix else 0)
+        assert (one is optimizers[-1]) == (optimizer == "adamw" or bool(
+            re.search(r"blocks\.\d\.(attn|mlp)\.\w+\.weight", name))), name
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 48), (2, 48, 16)])
+def test_orthogonalize_keeps_directions_and_makes_them_equally_long(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    U, S, V = torch.linalg.svd(matrices, full_matrices=False)
+    lengths = U.mT @ pretrain.orthogonalize(matrices) @ V.mT    # diagonal: the directions are kept
+    values = lengths.diagonal(dim1=1, dim2=2)
+    assert (lengths - torch.diag_embed(values)).abs().max() < 1e-9
+    assert 0.6 < values.min() and values.max() < 1.3 and S.max() > 1.7 * S.min()
+
+
+def test_muon_steps_against_the_gradient_as_far_as_promised():
+    """About twice as far as AdamW, whose steps have a root mean square of about 0.2."""
+    matrix = torch.nn.Parameter(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)))
+    optimizer = pretrain.Muon([{"params": [matrix], "lr": 0.01, "weight_decay": 0.0}])
+    for _ in range(3):
+        before = matrix.detach().clone()
+        matrix.square().sum().backward()
+        optimizer.step()
+        step = (matrix.detach() - before).flatten()
+        assert step @ matrix.grad.flatten() < 0
+        assert step.square().mean().sqrt() == pytest.approx(0.4 * 0.01, rel=0.2)
+        optimizer.zero_grad()
 
 
 def test_layer_decay_scales_the_learning_rate_of_each_layer(runs, small, tmp_path):
