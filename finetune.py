@@ -34,7 +34,7 @@ RECIPES = {
         optimizer="adamw", weight_decay=0.05, layer_decay=1.0, augment="none", mask_ratio=0.0,
         mix=False, label_smoothing=0.0),
     "laptop": dict(
-        MODELS["laptop"], pool="mean", epochs=4, warmup_epochs=0.5, batch_size=64, base_lr=8e-3,
+        MODELS["laptop"], pool="mean", epochs=6, warmup_epochs=0.75, batch_size=64, base_lr=8e-3,
         optimizer="muon", weight_decay=0.05, layer_decay=0.8, augment="crop", mask_ratio=0.5,
         mix=False, label_smoothing=0.0),
     "strong": dict(
@@ -311,7 +311,8 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
     if settings.mode == "finetune":                         # a probe takes seconds
         tests = len(test_inputs) * (1 + classifier.num_patches) / tokens / 3    # forward alone
         shared.say_expected(model, classify, batches(0),
-                            (images + tests) * (settings.epochs - len(log)), micro, machine)
+                            (images + tests) * (settings.epochs - len(log)), optimizers, micro,
+                            settings, machine)
     with shared.run_folder(out, "finetune.py", checkpoint is not None, machine):
         if machine.main:
             if not checkpoint:                              # first what a resumed run needs

@@ -21,7 +21,7 @@ Sources:
 Departures from the MAE paper, usual at CIFAR's size: position embeddings start as its sines and
 cosines, but learn; no LayerNorm stands between the decoder's blocks and its head; queries, keys
 and values have no bias; where encoder and decoder are of one width, no linear layer stands between
-them.
+them. Of our own: those sines and cosines fit the small grid, and the decoder's head starts small.
 """
 import math
 

@@ -15,6 +15,7 @@ Read from the bottom: `main` is the story. Above it, in the order that it uses t
 """
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
 import io
@@ -68,7 +69,7 @@ RECIPES = {
         optimizer="adamw", weight_decay=0.05, augment="none", picture_every=50),
     "laptop": dict(
         MODELS["laptop"], decoder_dim=64, decoder_depth=1, decoder_heads=2, mask_ratio=0.75,
-        norm_pix_loss=False, epochs=4, warmup_epochs=0.5, batch_size=64, base_lr=1e-2,
+        norm_pix_loss=False, epochs=3, warmup_epochs=0.375, batch_size=64, base_lr=1e-2,
         optimizer="muon", weight_decay=0.05, augment="crop", picture_every=1),
 }
 TEST_IMAGES = 1000      # the first ones: for the test loss, and of them the pictured ones
@@ -529,6 +530,7 @@ def run_benchmark(model: nn.Module, objective, epoch_batches, optimizers, micro:
     plain.eval()                                            # one image is no batch to normalise
     with machine.eager(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         objective(plain, *one_image)[0].backward()          # attention as plain products: counted
+    plain.zero_grad()
     flop = counter.get_total_flops()
     steps = 10 if machine.device.type == "cuda" else max(1, 256 // settings.batch_size)
     seconds = []
@@ -761,16 +763,25 @@ def test_loss(model: nn.Module, images: Tensor, noise: Tensor, machine: Machine)
     return machine.sum(total).item() / len(images)
 
 
-def say_expected(model: nn.Module, objective, batches, images: float, micro: int,
-                 machine: Machine) -> None:
-    """Print how long training on so many images will take, by the second of two micro-batches;
-    the model stays as it was."""
+def say_expected(model: nn.Module, objective, batches, images: float, optimizers, micro: int,
+                 settings: argparse.Namespace, machine: Machine) -> None:
+    """Print how long training on so many images will take, by the second of two steps, cut down
+    to a micro-batch; model and optimizers stay as they were."""
+    learners = model, *optimizers
+    before = copy.deepcopy([learner.state_dict() for learner in learners])
     batch = [machine.part(tensor)[:micro] for tensor in next(batches)]
     for _ in range(2):
         start = time.monotonic()
         gradient(model, objective, batch, micro, machine).sum().item()
-    seconds = (time.monotonic() - start) / len(batch[0]) / machine.processes * images
+        computed = time.monotonic()
+        for optimizer in optimizers:
+            optimizer.step()
+        stepped = time.monotonic()
+    for learner, state in zip(learners, before):
+        learner.load_state_dict(state)
     model.zero_grad()
+    seconds = images * ((computed - start) / len(batch[0]) / machine.processes
+                        + (stepped - computed) / settings.batch_size)
     if machine.main:
         print(f"expected   {timedelta(seconds=round(seconds))} (hours:minutes:seconds)", flush=True)
 
@@ -831,8 +842,8 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
         describe_run(settings, machine, dataset, steps, micro, plain, None if benchmark else out)
     if benchmark:
         return run_benchmark(model, masked_loss, batches, optimizers, micro, settings, machine)
-    say_expected(model, masked_loss, batches(0), images * (settings.epochs - len(log)), micro,
-                 machine)
+    say_expected(model, masked_loss, batches(0), images * (settings.epochs - len(log)), optimizers,
+                 micro, settings, machine)
     test_images = dataset.test_images[:TEST_IMAGES]
     noise = torch.rand(len(test_images), num_patches, device=machine.device,
                        generator=data.seeded_generator(machine.device, 0))

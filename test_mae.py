@@ -641,10 +641,12 @@ def test_every_weight_has_its_optimizer_and_weight_decay(optimizer):
     model = tiny_mae()
     settings = pretrain.argparse.Namespace(optimizer=optimizer, weight_decay=0.05)
     optimizers = pretrain.make_optimizers(model, settings, (0.9, 0.95))
-    assert [type(one).__name__ for one in optimizers] == ["AdamW", "Muon"][:1 + ("muon" in optimizer)]
-    found = {id(parameter): (one, group) for one in optimizers for group in one.param_groups
-             for parameter in group["params"]}
-    assert sum(len(group["params"]) for one in optimizers for group in one.param_groups) == len(found)
+    names = ["AdamW"] if optimizer == "adamw" else ["AdamW", "Muon"]
+    assert [type(one).__name__ for one in optimizers] == names
+    places = [(parameter, one, group) for one in optimizers for group in one.param_groups
+              for parameter in group["params"]]
+    found = {id(parameter): (one, group) for parameter, one, group in places}
+    assert len(places) == len(found) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
         one, group = found[id(parameter)]
         matrix = re.search(r"(qkv|proj|fc1|fc2|embed|head)\.weight$", name)
