@@ -34,8 +34,8 @@ RECIPES = {
         optimizer="adamw", weight_decay=0.05, layer_decay=1.0, augment="none", mask_ratio=0.0,
         mix=False, label_smoothing=0.0),
     "laptop": dict(
-        MODELS["laptop"], pool="mean", epochs=6, warmup_epochs=0.75, batch_size=64, base_lr=8e-3,
-        optimizer="muon", weight_decay=0.05, layer_decay=0.8, augment="crop", mask_ratio=0.5,
+        MODELS["laptop"], pool="mean", epochs=6, warmup_epochs=0.75, batch_size=64, base_lr=2e-2,
+        optimizer="muon", weight_decay=0.05, layer_decay=0.75, augment="crop", mask_ratio=0.5,
         mix=False, label_smoothing=0.0),
     "strong": dict(
         MODELS["full"], pool="mean", epochs=100, warmup_epochs=5, batch_size=128, base_lr=2e-3,
