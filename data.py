@@ -139,8 +139,8 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
     """Read a checkpoint; nothing in it is executed. A run's folder stands for the file in it.
 
     Keys: kind ("pretrain" or "classifier"), settings (dict), epoch (epochs done), model (state
-    dict), log (a dict per epoch) and, unless only the weights were kept, optimizer (state dict).
-    Raises BadInput where the file is missing, damaged, of another kind or a newer version.
+    dict), log (a dict per epoch) and, unless only the weights were kept, optimizer (state dict of
+    each). Raises BadInput where the file is missing, damaged, of another kind or version.
     """
     path = Path(path)
     if path.is_dir():

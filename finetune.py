@@ -39,7 +39,7 @@ RECIPES = {
         mix=False, label_smoothing=0.0),
     "strong": dict(
         MODELS["full"], pool="mean", epochs=100, warmup_epochs=5, batch_size=128, base_lr=2e-3,
-        optimizer="muon", weight_decay=0.05, layer_decay=0.8, augment="crop", mask_ratio=0.5,
+        optimizer="adamw", weight_decay=0.05, layer_decay=0.8, augment="crop", mask_ratio=0.5,
         mix=True, label_smoothing=0.1),
 }
 LINEAR = dict(                      # with --mode linear, over those of the recipe
@@ -310,9 +310,9 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
         return shared.run_benchmark(model, classify, batches, optimizers, micro, settings, machine)
     if settings.mode == "finetune":                         # a probe takes seconds
         tests = len(test_inputs) * (1 + classifier.num_patches) / tokens / 3    # forward alone
-        shared.say_expected(model, classify, batches(0),
-                            (images + tests) * (settings.epochs - len(log)), optimizers, micro,
-                            settings, machine)
+        left = settings.epochs - len(log)
+        shared.say_expected(model, classify, batches(0), (images + tests) * left, steps * left,
+                            optimizers, micro, machine)
     with shared.run_folder(out, "finetune.py", checkpoint is not None, machine):
         if machine.main:
             if not checkpoint:                              # first what a resumed run needs

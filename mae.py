@@ -18,10 +18,10 @@ Sources:
     MAE   He et al. 2021, Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377
     ViT   Dosovitskiy et al. 2020, An Image Is Worth 16x16 Words, arXiv 2010.11929
 
-Departures from the MAE paper, usual at CIFAR's size: position embeddings start as its sines and
-cosines, but learn; no LayerNorm stands between the decoder's blocks and its head; queries, keys
-and values have no bias; where encoder and decoder are of one width, no linear layer stands between
-them. Of our own: those sines and cosines fit the small grid, and the decoder's head starts small.
+Departures from the MAE paper, usual at CIFAR's size: position embeddings learn; no LayerNorm stands
+between the decoder's blocks and its head; queries, keys and values have no bias; where encoder and
+decoder are of one width, no linear layer stands between them. Of our own: the sines and cosines
+that the positions start from fit the small grid, and the decoder's head starts small.
 """
 import math
 
@@ -309,7 +309,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.head = nn.Linear(dim, 3 * patch_size ** 2)
         initialize(self)
-        nn.init.normal_(self.head.weight, std=0.02)         # the first predictions: about grey
+        nn.init.normal_(self.head.weight, std=0.02)         # else the first loss is large
 
     def forward(self, latent: Tensor, restore: Tensor) -> Tensor:
         """(B, 1 + K, D), (B, N) -> pred (B, N, 3*p*p), in image order."""

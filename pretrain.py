@@ -381,11 +381,14 @@ def learning_rate(settings: argparse.Namespace, epoch: float) -> float:
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Matrices (n, r, c) with the same directions, all their singular values brought near 1: five
-    steps of a Newton-Schulz iteration that needs matrix products alone (Jordan et al. 2024)."""
+    """About U V^T of each matrix U S V^T, (n, r, c) -> the same shape, by products alone.
+
+    Each step (Newton-Schulz; Jordan et al. 2024) takes a singular value s to 3.4445 s - 4.775 s^3
+    + 2.0315 s^5, which lifts small ones fast and leaves those near 1 between 0.68 and 1.15.
+    """
     if matrices.shape[1] > matrices.shape[2]:               # the smaller products
         return orthogonalize(matrices.mT).mT
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)     # no s is above 1
     for _ in range(5):
         gram = x @ x.mT                                     # (n, r, r)
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
@@ -394,27 +397,31 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024, kellerjordan.github.io/posts/muon): a matrix
-    learns in all its directions at one speed, and not in the few alone that rule its gradient.
+    learns in all its directions at one speed, not only in the few that rule its gradient.
 
-    For weight matrices inside a network. Steps are about twice as long as those of AdamW at the
-    same learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2, makes them equal).
+    For the weight matrices inside a network. An orthogonal (r, c) matrix has entries of about
+    1 / sqrt(max(r, c)), so a weight moves by about STEP * lr, as far as with AdamW, which Liu et
+    al. 2025 (arXiv 2502.16982, section 2.2) found at 0.2 to 0.4. Queries, keys and values share
+    one matrix. torch.optim.Muon computes in bfloat16 and matrix by matrix, slow on most CPUs.
     """
+    STEP = 0.4
 
     def __init__(self, groups: list[dict], momentum: float = 0.95) -> None:
-        super().__init__(groups, dict(lr=0.0, momentum=momentum))
+        super().__init__(groups, dict(lr=0.0, weight_decay=0.0, momentum=momentum))
 
     @torch.no_grad()
     def step(self) -> None:
         by_shape = {}                                       # those of one shape go together
         for group in self.param_groups:
             for matrix in group["params"]:
-                by_shape.setdefault(matrix.shape, []).append((matrix, group))
+                if matrix.grad is not None:
+                    by_shape.setdefault(matrix.shape, []).append((matrix, group))
         for shape, members in by_shape.items():
             directions = orthogonalize(torch.stack(
                 [self.average(matrix, group["momentum"]) for matrix, group in members]))
             for (matrix, group), direction in zip(members, directions):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.sub_(direction, alpha=group["lr"] * 0.4 * max(shape) ** 0.5)
+                matrix.sub_(direction, alpha=self.STEP * group["lr"] * max(shape) ** 0.5)
 
     def average(self, matrix: Tensor, momentum: float) -> Tensor:
         """Of its gradients so far, one step ahead (Nesterov)."""
@@ -432,14 +439,15 @@ def make_optimizers(model: nn.Module, settings: argparse.Namespace, betas: tuple
     only on matrices (2) and the patch embedding (4). lr_scale(name) is what a parameter's learning
     rate is multiplied by.
     """
-    groups = {}
+    of_adamw, of_muon = {}, {}                              # (decay, scale) -> parameters
     for name, parameter in model.named_parameters():
-        muon = settings.optimizer == "muon" and "blocks." in name and parameter.ndim == 2
+        in_block = "blocks." in name and parameter.ndim == 2
+        groups = of_muon if settings.optimizer == "muon" and in_block else of_adamw
         decay = settings.weight_decay if parameter.ndim in (2, 4) else 0.0
-        groups.setdefault((muon, decay, lr_scale(name)), []).append(parameter)
+        groups.setdefault((decay, lr_scale(name)), []).append(parameter)
     adamw, muon = ([{"params": parameters, "weight_decay": decay, "lr_scale": scale}
-                    for (of_muon, decay, scale), parameters in groups.items() if of_muon == wanted]
-                   for wanted in (False, True))
+                    for (decay, scale), parameters in groups.items()]
+                   for groups in (of_adamw, of_muon))
     optimizers = [torch.optim.AdamW(adamw, lr=0.0, betas=betas, fused=True)]
     return optimizers + [Muon(muon)] if muon else optimizers
 
@@ -763,10 +771,10 @@ def test_loss(model: nn.Module, images: Tensor, noise: Tensor, machine: Machine)
     return machine.sum(total).item() / len(images)
 
 
-def say_expected(model: nn.Module, objective, batches, images: float, optimizers, micro: int,
-                 settings: argparse.Namespace, machine: Machine) -> None:
-    """Print how long training on so many images will take, by the second of two steps, cut down
-    to a micro-batch; model and optimizers stay as they were."""
+def say_expected(model: nn.Module, objective, batches, images: float, steps: int, optimizers,
+                 micro: int, machine: Machine) -> None:
+    """Print how long so many images and optimizer steps will take, by the second of two steps on
+    one micro-batch; model and optimizers stay as they were."""
     learners = model, *optimizers
     before = copy.deepcopy([learner.state_dict() for learner in learners])
     batch = [machine.part(tensor)[:micro] for tensor in next(batches)]
@@ -776,12 +784,13 @@ def say_expected(model: nn.Module, objective, batches, images: float, optimizers
         computed = time.monotonic()
         for optimizer in optimizers:
             optimizer.step()
+        next(model.parameters()).sum().item()               # waits for the device
         stepped = time.monotonic()
     for learner, state in zip(learners, before):
         learner.load_state_dict(state)
     model.zero_grad()
-    seconds = images * ((computed - start) / len(batch[0]) / machine.processes
-                        + (stepped - computed) / settings.batch_size)
+    seconds = (images * (computed - start) / len(batch[0]) / machine.processes
+               + steps * (stepped - computed))
     if machine.main:
         print(f"expected   {timedelta(seconds=round(seconds))} (hours:minutes:seconds)", flush=True)
 
@@ -793,8 +802,8 @@ def describe_run(settings: argparse.Namespace, machine: Machine, dataset: data.D
           f"data       {dataset.name}, {len(dataset.train_images):,} training and "
           f"{len(dataset.test_images):,} test images, augmentation: {settings.augment}\n"
           f"recipe     {settings.recipe}: {settings.epochs} epochs of {steps} steps of "
-          f"{settings.batch_size} images (micro-batches of {micro}), learning rate up to "
-          f"{settings.base_lr * settings.batch_size / 256:.3g}\n"
+          f"{settings.batch_size} images (micro-batches of {micro}), {settings.optimizer}, "
+          f"learning rate up to {settings.base_lr * settings.batch_size / 256:.3g}\n"
           f"model      ViT {settings.dim} x {settings.depth} blocks, {settings.heads} heads, patch "
           f"{settings.patch_size}; {type(model).__name__} of {parameters:,} parameters\n"
           f"run        {out or 'none, a benchmark'}", flush=True)
@@ -842,8 +851,9 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
         describe_run(settings, machine, dataset, steps, micro, plain, None if benchmark else out)
     if benchmark:
         return run_benchmark(model, masked_loss, batches, optimizers, micro, settings, machine)
-    say_expected(model, masked_loss, batches(0), images * (settings.epochs - len(log)), optimizers,
-                 micro, settings, machine)
+    left = settings.epochs - len(log)
+    say_expected(model, masked_loss, batches(0), images * left, steps * left, optimizers, micro,
+                 machine)
     test_images = dataset.test_images[:TEST_IMAGES]
     noise = torch.rand(len(test_images), num_patches, device=machine.device,
                        generator=data.seeded_generator(machine.device, 0))
