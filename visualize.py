@@ -932,7 +932,7 @@ FLAGS = {
     "logs": dict(nargs="+", metavar="RUN_OR_CSV", type=Path, help="folders of runs, or log.csv "
                  "files of runs"),
     "--checkpoint": dict(metavar="FILE", type=Path, help="checkpoint, or a run's folder "
-                         "(results/laptop-pretrain; for the architecture an untrained model)"),
+                         "(results/laptop-pixels; for the architecture an untrained model)"),
     "--indices": dict(type=whole_numbers, metavar="I,J,...", help="which images of the data set, "
                       "counted from 0 (the first ones)"),
     "--count": dict(type=data.number(int, 1, 60), metavar="N",
@@ -960,7 +960,7 @@ FLAGS = {
     "--out": dict(type=Path, metavar="FILE", help="file to write (%(default)s)"),
 }
 IMAGES = ("images", "--checkpoint", "--indices", "--count", "--split", "--dataset", "--data-dir")
-SHIPPED = HERE / "results" / "laptop-pretrain"
+SHIPPED = HERE / "results" / "laptop-pixels"
 COMMANDS = {    # name: (function, what it draws, flags, their defaults)
     "reconstruct": (run_reconstruct, "masked, reconstruction and original; prints each error",
                     (*IMAGES, "--seed", "--mask-ratio", "--raw"),
