@@ -260,7 +260,7 @@ def test_what_does_not_fit_together_is_a_value_error(make, message):
 
 
 def test_bf16_follows_fp32_and_compiled_follows_eager():
-    images, noise = random_images(8), random_noise(8, 16)
+    images, noise = 0.5 + 0.3 * random_images(8), random_noise(8, 16)
 
     def train(precision: str, compiled: bool) -> list[float]:
         machine = pretrain.Machine(torch.device("cpu"), precision, compiled)
@@ -276,7 +276,7 @@ def test_bf16_follows_fp32_and_compiled_follows_eager():
         return losses
 
     exact = train("fp32", False)
-    assert exact[-1] < 0.9 * exact[0]
+    assert exact[-1] < 0.5 * exact[0]
     assert train("bf16", False) == pytest.approx(exact, rel=0.02)
     if shutil.which("g++"):
         assert train("fp32", True) == pytest.approx(exact, rel=1e-4)
