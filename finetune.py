@@ -34,7 +34,7 @@ RECIPES = {
         optimizer="adamw", weight_decay=0.05, layer_decay=1.0, augment="none", mask_ratio=0.0,
         mix=False, label_smoothing=0.0),
     "laptop": dict(
-        MODELS["laptop"], pool="mean", epochs=6, warmup_epochs=0.75, batch_size=64, base_lr=2e-2,
+        MODELS["laptop"], pool="mean", epochs=3, warmup_epochs=0.375, batch_size=64, base_lr=2e-2,
         optimizer="muon", weight_decay=0.05, layer_decay=0.75, augment="crop", mask_ratio=0.5,
         mix=False, label_smoothing=0.0),
     "strong": dict(
@@ -165,8 +165,9 @@ def test(model: nn.Module, inputs: Tensor, labels: Tensor, machine: Machine) -> 
     """Mean loss and accuracy in percent over a whole set: inputs (n, ...), labels (n,)."""
     model.eval()
     total = torch.zeros(2, device=inputs.device)
+    parts = list(zip(machine.part(inputs).split(250), machine.part(labels).split(250)))
     with machine.eager(), machine.autocast():
-        for part in zip(machine.part(inputs).split(250), machine.part(labels).split(250)):
+        for part in shared.with_progress("testing", parts, machine):
             if len(part[0]):
                 total += classify(model, *part)[1] * len(part[0])
     return (machine.sum(total) / len(inputs)).tolist()
@@ -179,8 +180,9 @@ def test(model: nn.Module, inputs: Tensor, labels: Tensor, machine: Machine) -> 
 def compute_features(model: mae.ViTClassifier, images: Tensor, machine: Machine) -> Tensor:
     """What the frozen encoder makes of each image, once: uint8 (n, 3, H, W) -> (n, D)."""
     model.eval()
+    parts = shared.with_progress("computing features", images.split(250), machine)
     with machine.autocast():
-        return torch.cat([model.features(data.scale(part)).float() for part in images.split(250)])
+        return torch.cat([model.features(data.scale(part)).float() for part in parts])
 
 
 def make_probe(model: mae.ViTClassifier) -> nn.Sequential:

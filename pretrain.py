@@ -490,7 +490,6 @@ def train_epoch(model: nn.Module, objective, batches, steps: int, optimizers, ep
     """
     model.train()
     logged, shown = [], time.monotonic()
-    every = 0.5 if sys.stderr.isatty() else 30              # seconds between signs of progress
     for step, batch in enumerate(batches):
         lr = learning_rate(settings, epoch - 1 + (step + 0.5) / steps)   # in its middle
         for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
@@ -499,7 +498,7 @@ def train_epoch(model: nn.Module, objective, batches, steps: int, optimizers, ep
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
-        if machine.main and time.monotonic() - shown > every and step + 1 < steps:
+        if machine.main and progress_is_due(shown) and step + 1 < steps:
             shown = time.monotonic()
             show_progress(f"epoch {epoch}/{settings.epochs}  step {step + 1}/{steps}  "
                           f"loss {logged[-1][0]:.4f}")
@@ -517,10 +516,25 @@ DIVERGED = ("the checkpoint of epoch {} is kept: lower --base-lr or lengthen --w
             "new run")
 
 
+def progress_is_due(shown: float) -> bool:
+    """Twice a second on a terminal, twice a minute in a file; shown: the last time.monotonic()."""
+    return time.monotonic() - shown > (0.5 if sys.stderr.isatty() else 30)
+
+
 def show_progress(text: str) -> None:
     """A line that the next one replaces on a terminal, and a line of its own in a file."""
     end = "\r" if sys.stderr.isatty() else "\n"
     print(f"{text:<100}" if end == "\r" else text, end=end, file=sys.stderr, flush=True)
+
+
+def with_progress(text: str, parts: list, machine: Machine):
+    """Yield the parts one by one, and show how many are done."""
+    shown = time.monotonic()
+    for done, part in enumerate(parts, start=1):
+        yield part
+        if machine.main and progress_is_due(shown) and done < len(parts):
+            shown = time.monotonic()
+            show_progress(f"{text} {done / len(parts):.0%}")
 
 
 def shorten_steps(settings: argparse.Namespace, machine: Machine) -> None:
@@ -542,15 +556,17 @@ def run_benchmark(model: nn.Module, objective, epoch_batches, optimizers, micro:
     flop = counter.get_total_flops()
     steps = 10 if machine.device.type == "cuda" else max(1, 256 // settings.batch_size)
     seconds = []
-    for _ in range(6):                                      # the first one warms up
+    while len(seconds) < 6 or sum(seconds) < 15:
         start = time.perf_counter()
         batches = itertools.islice(itertools.cycle(epoch_batches(1)), steps)
         train_epoch(model, objective, batches, steps, optimizers, 1, micro, settings, machine)
-        seconds.append(time.perf_counter() - start)
-    speed = steps * settings.batch_size / statistics.median(seconds[1:])
+        took = torch.tensor(time.perf_counter() - start, device=machine.device)
+        seconds.append(machine.sum(took).item() / machine.processes)
+    del seconds[0]                                          # warmed up
+    speed = steps * settings.batch_size / statistics.median(seconds)
     if machine.main:
-        print(f"speed      {speed:,.1f} images/s (median of 5 timings of {steps} steps of "
-              f"{settings.batch_size} images)\n"
+        print(f"speed      {speed:,.1f} images/s (median of {len(seconds)} timings of {steps} "
+              f"steps of {settings.batch_size} images)\n"
               f"arithmetic {speed * flop / 1e12:.3g} TFLOP/s ({flop / 1e9:.3g} GFLOP an image, "
               f"forward and backward)\n"
               f"memory     {peak_memory_mb(machine.device):,} MiB at the peak")

@@ -347,7 +347,7 @@ def read_run_pictures(run: Path) -> list[tuple[int, str, Tensor]]:
     return sorted(pictures, key=lambda picture: picture[0])
 
 
-def draw_timeline(pictures: list[tuple[int, str, Tensor]], name: str, count: int = 6):
+def draw_timeline(pictures: list[tuple[int, str, Tensor]], count: int = 6) -> Image.Image:
     """The first `count` images of a run at up to seven epochs, early to late, as one sheet.
 
     pictures: from `read_run_pictures`; most is learned early, so the epochs lie closer there.
@@ -355,20 +355,20 @@ def draw_timeline(pictures: list[tuple[int, str, Tensor]], name: str, count: int
     epochs = np.array([epoch for epoch, _, _ in pictures])
     wanted = np.geomspace(max(epochs[0], 1), max(epochs[-1], 1), min(7, len(epochs)))
     chosen = sorted({int(abs(epochs - epoch).argmin()) for epoch in wanted})
-    last, caption, tiles = pictures[-1]
+    _, caption, tiles = pictures[-1]
     rows = [[tiles[i, 0], *(pictures[c][2][i, 1] for c in chosen), tiles[i, 2]]
             for i in range(min(count, len(tiles)))]
     heads = ["masked", *(f"epoch {epochs[c]}" for c in chosen), "original"]
-    sheet, _, _ = draw_grid(rows, heads, f"{name}: epoch {epochs[0]} to {last}", caption,
+    sheet, _, _ = draw_grid(rows, heads, "Reconstructions as pre-training goes on", caption,
                             apart=(1, len(heads) - 1))
     return sheet.image
 
 
-def draw_frames(pictures: list[tuple[int, str, Tensor]], name: str, count: int = 6,
+def draw_frames(pictures: list[tuple[int, str, Tensor]], count: int = 6,
                 most: int = 60) -> list[Image.Image]:
     """The first `count` images of a run, a frame an epoch, at most so many; for an animation."""
     chosen = np.linspace(0, len(pictures) - 1, min(most, len(pictures))).round().astype(int)
-    return [draw_triples(tiles[:count], f"{name}: epoch {epoch}", caption)[0].image
+    return [draw_triples(tiles[:count], f"Reconstructions after epoch {epoch}", caption)[0].image
             for epoch, caption, tiles in (pictures[c] for c in chosen)]
 
 
@@ -879,7 +879,7 @@ def run_ratios(args: argparse.Namespace) -> Image.Image:
 
 def run_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
     draw = draw_timeline if args.out.suffix == ".png" else draw_frames
-    return draw(read_run_pictures(args.RUN), args.RUN.resolve().name, args.count)
+    return draw(read_run_pictures(args.RUN), args.count)
 
 
 def run_curves(args: argparse.Namespace) -> Image.Image:
