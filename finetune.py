@@ -244,6 +244,21 @@ def evaluate(given: dict, machine: Machine) -> None:
               f"test accuracy {accuracy:.2f} %")
 
 
+def usual_folder(settings: argparse.Namespace) -> Path:
+    """Where a run goes that was given no --out."""
+    kind = settings.mode if settings.init else "scratch"
+    labels = f"-{settings.labels_per_class}-labels" if settings.labels_per_class else ""
+    return Path("runs") / f"{kind}-{settings.dataset}-{settings.recipe}{labels}"
+
+
+def load_encoder(classifier: mae.ViTClassifier, init: dict, path: str) -> None:
+    """The encoder of a checkpoint of pretrain.py under the head that is there. Raises BadInput."""
+    encoder = {name.removeprefix("encoder."): value for name, value in init["model"].items()
+               if name.startswith("encoder.")}
+    head = {f"head.{name}": value for name, value in classifier.head.state_dict().items()}
+    data.load_weights(classifier, {**encoder, **head}, path)
+
+
 def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict | None, given: dict,
              machine: Machine) -> None:
     benchmark = given.get("benchmark", False)
@@ -262,14 +277,9 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
         micro = settings.batch_size
     else:
         micro = shared.fit_micro_batch(settings, machine, tokens * settings.dim * settings.depth)
-    kind = settings.mode if settings.init else "scratch"
-    labels = f"-{settings.labels_per_class}-labels" if settings.labels_per_class else ""
-    out = given.get("out") or Path("runs") / f"{kind}-{dataset.name}-{settings.recipe}{labels}"
+    out = given.get("out") or usual_folder(settings)
     if init:
-        encoder = {name.removeprefix("encoder."): value for name, value in init["model"].items()
-                   if name.startswith("encoder.")}
-        head = {f"head.{name}": value for name, value in classifier.head.state_dict().items()}
-        data.load_weights(classifier, {**encoder, **head}, settings.init)
+        load_encoder(classifier, init, settings.init)
     if checkpoint:
         data.load_weights(classifier, checkpoint["model"], out)
 
@@ -291,11 +301,7 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
     optimizers = shared.make_optimizers(
         plain, settings, betas=(0.9, 0.999),
         lr_scale=lambda name: settings.layer_decay ** layers_above(name, settings.depth))
-    log = []
-    if checkpoint:
-        for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
-            optimizer.load_state_dict(state)
-        log = checkpoint["log"]
+    log = shared.restore(optimizers, checkpoint)
 
     def batches(epoch: int):
         return epoch_batches(train_inputs, dataset.train_labels, settings, classifier.num_patches,
@@ -317,12 +323,7 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
                             optimizers, micro, machine)
     with shared.run_folder(out, "finetune.py", checkpoint is not None, machine):
         if machine.main:
-            if not checkpoint:                              # first what a resumed run needs
-                save()
-            shared.write_config(out, settings, machine, micro)
-            if checkpoint:
-                shared.tidy_run(out, len(log))
-                save()
+            shared.begin_run(out, save, log, settings, machine, micro)
         for epoch in range(len(log) + 1, settings.epochs + 1):
             started = time.monotonic()
             train_loss, train_accuracy = shared.train_epoch(

@@ -676,6 +676,27 @@ def save_epoch(out: Path, kind: str, settings: argparse.Namespace, model: nn.Mod
         data.save_checkpoint(out / "weights.pt", dict(common, model=half))
 
 
+def begin_run(out: Path, save, log: list[dict], settings: argparse.Namespace, machine: Machine,
+              micro: int) -> None:
+    """All that a run's folder holds before its first epoch, or before it goes on. save() writes
+    the checkpoint and the log."""
+    if not log:
+        save()                                              # first what a resumed run needs
+    write_config(out, settings, machine, micro)
+    tidy_run(out, len(log))
+    if log:
+        save()
+
+
+def restore(optimizers, checkpoint: dict | None) -> list[dict]:
+    """Load the optimizers' states from a checkpoint, if there is one; return its log."""
+    if not checkpoint:
+        return []
+    for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
+        optimizer.load_state_dict(state)
+    return checkpoint["log"]
+
+
 def tidy_run(out: Path, epoch: int) -> None:
     """Take away what a run that was stopped left beyond its last checkpoint."""
     (out / "weights.pt").unlink(missing_ok=True)
@@ -852,14 +873,13 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
         data.load_weights(plain, checkpoint["model"], out)
     model = prepare_model(plain, machine)
     optimizers = make_optimizers(plain, settings, betas=(0.9, 0.95))
-    log = []
-    if checkpoint:
-        for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
-            optimizer.load_state_dict(state)
-        log = checkpoint["log"]
+    log = restore(optimizers, checkpoint)
 
     def batches(epoch: int):
         return epoch_batches(dataset, settings, num_patches, epoch)
+
+    def save() -> None:
+        save_epoch(out, "pretrain", settings, plain, optimizers, log)
 
     steps = max(1, len(dataset.train_images) // settings.batch_size)
     images = steps * settings.batch_size
@@ -875,12 +895,7 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
                        generator=data.seeded_generator(machine.device, 0))
     with run_folder(out, "pretrain.py", checkpoint is not None, machine):
         if machine.main:
-            if not checkpoint:                              # first what a resumed run needs
-                save_epoch(out, "pretrain", settings, plain, optimizers, log)
-            write_config(out, settings, machine, micro)
-            if checkpoint:
-                tidy_run(out, len(log))
-                save_epoch(out, "pretrain", settings, plain, optimizers, log)
+            begin_run(out, save, log, settings, machine, micro)
         for epoch in range(len(log) + 1, settings.epochs + 1):
             started = time.monotonic()
             loss, = train_epoch(model, masked_loss, batches(epoch), steps, optimizers, epoch,
@@ -896,7 +911,7 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
                     plain, test_images[:PICTURED], noise[:PICTURED],
                     f"{visualize.title_of(dataset.name)} test images · {out.name}", epoch=epoch)
                 visualize.save_png(picture, out / "reconstructions" / f"epoch-{epoch:04}.png")
-            save_epoch(out, "pretrain", settings, plain, optimizers, log)
+            save()
             print(f"epoch {epoch}/{settings.epochs}  loss {values['loss']:.4f}  test loss "
                   f"{values['test_loss']:.4f}  {log[-1]['images_per_second']:,.0f} images/s  "
                   f"{time_left(log, settings.epochs)} left", flush=True)

@@ -1470,6 +1470,19 @@ def test_every_command_in_the_readme_works(data_dir, tmp_path, monkeypatch):
         run_small(command, done)
 
 
+def test_the_tables_of_the_results_say_what_the_logs_say():
+    text = (HERE / "results" / "README.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \|.* \| (\d+) \| (?:test loss )?([\d.]+)(?: %)? \| \d+ \|",
+                      text, re.MULTILINE)
+    assert {name for name, _, _ in rows} == {path.parent.name for path in
+                                             (HERE / "results").glob("*/log.csv")}
+    for name, epochs, result in rows:
+        last = visualize.read_log(HERE / "results" / name)[-1]
+        value = last["test_accuracy"] if "test_accuracy" in last else last["test_loss"]
+        digits = len(result.split(".")[1])
+        assert (int(epochs), float(result)) == (last["epoch"], round(value, digits)), name
+
+
 @pytest.mark.parametrize("tier", ["laptop", "gpu"])
 def test_the_script_of_the_results_works_goes_on_and_ends(tier, data_dir, tmp_path, monkeypatch):
     """First with a stand-in for python, which says what it is to do; then what it said."""

@@ -605,6 +605,42 @@ def cells(pictures: Tensor, columns: int) -> Tensor:
     return mosaic(pictures, columns, max(1, (STAGE // most - 2) // pictures.shape[-1]), 2)
 
 
+def draw_flow(stages: list[tuple], arrows: list[tuple[str, str]], title: str,
+              caption: str) -> Image.Image:
+    """Stages, four in a row, and what goes from each to the next.
+
+    stages: (name, picture uint8 (3, h, w) or the lines in a box, note); arrows: (shape, action).
+    """
+    step, pitch = (WIDTH - 2 * MARGIN - STAGE) // 3, STAGE + 172
+    sheet = Sheet(WIDTH, -(-len(stages) // 4) * pitch - 96, title, caption)
+    corners = [(MARGIN + i % 4 * step, sheet.top + 36 + i // 4 * pitch) for i in range(len(stages))]
+    for (name, content, note), (x, y) in zip(stages, corners):
+        sheet.text(x + STAGE / 2, y - 12, name, anchor="ms")
+        sheet.text(x + STAGE / 2, y + STAGE + 28, note, 22, GREY, "ms", fit=STAGE + 40)
+        if isinstance(content, Tensor):
+            _, h, w = content.shape
+            sheet.tile(x + (STAGE - w) // 2, y + (STAGE - h) // 2, content)
+        else:
+            sheet.draw.rounded_rectangle((x, y, x + STAGE, y + STAGE), 14, (246, 248, 250), GREY, 2)
+            for i, line in enumerate(content):
+                sheet.text(x + STAGE / 2, y + STAGE / 2 + 40 * (i - (len(content) - 1) / 2), line,
+                           26, anchor="mm")
+    for i, ((x, y), (x1, y1), (shape, action)) in enumerate(zip(corners, corners[1:], arrows)):
+        if i % 4 < 3:                                       # to the right
+            y += STAGE / 2
+            points = [(x + STAGE + 12, y), (x1 - 12, y)]
+            fit = step - STAGE - 24
+        else:                                               # around, to the next row
+            x, x1, y = x + STAGE / 2, x1 + STAGE / 2, y1 - 84
+            points = [(x, y - 12), (x, y), (x1, y), (x1, y1 - 40)]
+            fit = WIDTH
+        sheet.arrow(points)
+        middle = (points[0][0] + points[-1][0]) / 2
+        sheet.text(middle, y - 14, shape, 24, anchor="ms", fit=fit)
+        sheet.text(middle, y + 32, action, 22, GREY, "ms", fit=fit)
+    return sheet.image
+
+
 @torch.no_grad()
 def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: str) -> Image.Image:
     """A batch on its way through the model, the shapes at every arrow (MAE, figure 1).
@@ -634,6 +670,9 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
         first[0, :, 0, 0] = torch.tensor(ORANGE)
         return cells(torch.cat([first, colors[:, :, None, None]]), columns)
 
+    def blocks(part: nn.Module) -> str:
+        return f"{len(part.blocks)} block{'s' if len(part.blocks) > 1 else ''}"
+
     def parameters(part: nn.Module) -> str:
         return f"{sum(weights.numel() for weights in part.parameters()) / 1e6:.2f} M parameters"
 
@@ -644,17 +683,17 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
     errors = heat((error / (error * mask).max())[0, :, None, None])     # (N, 3, 1, 1)
     errors = errors.masked_fill(~where[:, None, None, None], HIDDEN)
     whole = batch(decoder.pos_embed.expand(1, -1, -1))      # (B, 1 + N, D')
-    stages = [      # title, picture or the lines in a box, note
+    stages = [
         ("images", image.repeat_interleave(STAGE // image.shape[-1], 1).repeat_interleave(
             STAGE // image.shape[-1], 2), "scaled to -1..1"),
         ("patches", cells(cut(patches), side), f"{N} of {p} x {p} pixels"),
         ("mask", cells(masked, side), f"{hidden} of {N} hidden"),
         ("visible patches", cells(cut(visible), across), f"{K}, in shuffled order"),
         ("tokens", with_class(means[noise[0].argsort()[:K]], across), "orange: the class token"),
-        ("encoder", [f"{len(encoder.blocks)} blocks", f"{encoder.dim} wide",
+        ("encoder", [blocks(encoder), f"{encoder.dim} wide",
                      f"{encoder.blocks[0].attn.heads} heads", "LayerNorm"], parameters(encoder)),
         ("all places", with_class(unshuffled, side), f"blue: {hidden} mask tokens"),
-        ("decoder", [f"{len(decoder.blocks)} blocks", f"{decoder.pos_embed.shape[-1]} wide",
+        ("decoder", [blocks(decoder), f"{decoder.pos_embed.shape[-1]} wide",
                      f"{decoder.blocks[0].attn.heads} heads", "linear head"], parameters(decoder)),
         ("prediction", cells(cut(to_pixels(model, patches, pred)), side),
          "not learned where visible"),
@@ -663,7 +702,7 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
         ("loss", [f"{float((error * mask).sum() / mask.sum()):.4f}"],
          f"over {hidden} masked patches"),
     ]
-    arrows = [      # shape of what moves on, what is done to it
+    arrows = [
         (batch(images), "cut up"), (batch(patches), "shuffle, mark"),
         (batch(patches), f"keep the first {K}"),
         (batch(visible), "embed, add positions, class token in front"), (batch(tokens), ""),
@@ -671,34 +710,7 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
         (batch(pred), "the class token is dropped before the head"), (batch(pred), "subtract"),
         (batch(error), "square, mean"), ("()", "mean of the masked"),
     ]
-    step, pitch = (WIDTH - 2 * MARGIN - STAGE) // 3, STAGE + 172
-    sheet = Sheet(WIDTH, 3 * pitch - 96, "A masked autoencoder, step by step", caption)
-    corners = [(MARGIN + i % 4 * step, sheet.top + 36 + i // 4 * pitch) for i in range(len(stages))]
-    for (title, content, note), (x, y) in zip(stages, corners):
-        sheet.text(x + STAGE / 2, y - 12, title, anchor="ms")
-        sheet.text(x + STAGE / 2, y + STAGE + 28, note, 22, GREY, "ms", fit=STAGE + 40)
-        if isinstance(content, Tensor):
-            _, h, w = content.shape
-            sheet.tile(x + (STAGE - w) // 2, y + (STAGE - h) // 2, content)
-        else:
-            sheet.draw.rounded_rectangle((x, y, x + STAGE, y + STAGE), 14, (246, 248, 250), GREY, 2)
-            for i, line in enumerate(content):
-                sheet.text(x + STAGE / 2, y + STAGE / 2 + 40 * (i - (len(content) - 1) / 2), line,
-                           26, anchor="mm")
-    for i, ((x, y), (x1, y1), (shape, action)) in enumerate(zip(corners, corners[1:], arrows)):
-        if i % 4 < 3:                                       # to the right
-            y += STAGE / 2
-            points = [(x + STAGE + 12, y), (x1 - 12, y)]
-            fit = step - STAGE - 24
-        else:                                               # around, to the next row
-            x, x1, y = x + STAGE / 2, x1 + STAGE / 2, y1 - 84
-            points = [(x, y - 12), (x, y), (x1, y), (x1, y1 - 40)]
-            fit = WIDTH
-        sheet.arrow(points)
-        middle = (points[0][0] + points[-1][0]) / 2
-        sheet.text(middle, y - 14, shape, 24, anchor="ms", fit=fit)
-        sheet.text(middle, y + 32, action, 22, GREY, "ms", fit=fit)
-    return sheet.image
+    return draw_flow(stages, arrows, "A masked autoencoder, step by step", caption)
 
 
 # ------------------------------------------------------------------------------ reading
