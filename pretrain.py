@@ -384,15 +384,19 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """About U V^T of each matrix U S V^T, (n, r, c) -> the same shape, by products alone.
 
     Each step (Newton-Schulz; Jordan et al. 2024) takes a singular value s to 3.4445 s - 4.775 s^3
-    + 2.0315 s^5, which lifts small ones fast and leaves those near 1 between 0.68 and 1.15.
+    + 2.0315 s^5, which lifts small ones fast and leaves those near 1 between 0.68 and 1.15. That is
+    s times a factor of s^2, so all steps can be taken on the small square matrix of the s^2.
     """
-    if matrices.shape[1] > matrices.shape[2]:               # the smaller products
+    if matrices.shape[1] > matrices.shape[2]:
         return orthogonalize(matrices.mT).mT
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)     # no s is above 1
+    gram = x @ x.mT                                         # (n, r, r)
+    factors = identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     for _ in range(5):
-        gram = x @ x.mT                                     # (n, r, r)
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-    return x
+        factor = 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
+        factors = factor @ factors
+        gram = factor @ gram @ factor
+    return factors @ x                                      # (n, r, c)
 
 
 class Muon(torch.optim.Optimizer):
