@@ -127,7 +127,7 @@ def classify(model: nn.Module, inputs: Tensor, labels: Tensor, *noise: Tensor):
     """Images of 0..255 (B, 3, H, W) or features (B, D), labels (B,) or as probabilities
     (B, classes), where patches are left out noise (B, N) -> the loss, and what to log: the loss
     and the accuracy in percent, that of the likeliest label."""
-    logits = model(data.scale(inputs) if inputs.ndim == 4 else inputs, *noise)
+    logits = model(data.scale(inputs) if inputs.ndim == 4 else inputs, *noise).float()
     loss = F.cross_entropy(logits, labels)
     labels = labels if labels.ndim == 1 else labels.argmax(dim=1)
     accuracy = 100 * (logits.argmax(dim=1) == labels).float().mean()
@@ -282,6 +282,8 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
         load_encoder(classifier, init, settings.init)
     if checkpoint:
         data.load_weights(classifier, checkpoint["model"], out)
+    elif machine.main and not benchmark:
+        shared.check_free(out, "finetune.py")               # early, and later behind the lock
 
     steps = max(1, len(dataset.train_images) * settings.repeat // settings.batch_size)
     images = steps * settings.batch_size

@@ -30,6 +30,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -273,7 +274,7 @@ def on_machine(given: dict):
     Raises BadInput where the device is not there or cannot do what was asked for.
     """
     rank, local_rank, processes = 0, 0, 1
-    if "MASTER_ADDR" in os.environ:                         # set by torchrun
+    if "LOCAL_RANK" in os.environ:                          # set by torchrun
         rank, local_rank, processes = (int(os.environ[name])
                                        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     name = given.get("device", "auto")
@@ -284,41 +285,41 @@ def on_machine(given: dict):
     if not there[name]:
         raise BadInput(f"--device {name}: torch finds no such device here; leave the flag out to "
                        "use what there is")
-    precision = given.get("precision", "auto")
-    if precision == "auto":
-        precision = "bf16" if multiplies_bf16(name) else "fp32"
-    elif precision == "bf16" and name != "cpu" and not multiplies_bf16(name):
-        raise BadInput(f"--precision bf16: this {name} device cannot; use fp32")
     if name == "cuda" and local_rank >= torch.cuda.device_count():
         raise BadInput(f"process {local_rank + 1} on this machine finds "
                        f"{torch.cuda.device_count()} GPUs: start as many processes as GPUs")
     device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
     if name == "cuda":
         torch.cuda.set_device(device)
+    precision = given.get("precision", "auto")
+    if precision == "auto":
+        precision = "bf16" if multiplies_bf16(name) else "fp32"
+    elif precision == "bf16" and name != "cpu" and not multiplies_bf16(name):
+        raise BadInput(f"--precision bf16: this {name} device cannot; use fp32")
     compilers = ("cc", "gcc", "clang") if name == "cuda" else ("g++", "clang++")
-    can_compile = any(map(shutil.which, compilers))
+    can_compile = (any(map(shutil.which, compilers))
+                   and Path(sysconfig.get_path("include"), "Python.h").exists())
     if given.get("compile") and not can_compile:
-        raise BadInput(f"--compile needs a compiler ({' or '.join(compilers)}): install one, or "
-                       "leave the flag out")
+        raise BadInput(f"--compile needs a compiler ({' or '.join(compilers)}) and Python.h: "
+                       "install them, or leave the flag out")
     if name == "cuda" and not can_compile and rank == 0:
-        print("note: no C compiler is here, so the model is not compiled, which costs speed",
-              file=sys.stderr)
+        print("note: no C compiler is here, or no Python.h, so the model is not compiled, which "
+              "costs speed", file=sys.stderr)
     compiled = given.get("compile", name == "cuda" and can_compile)
     keep_freed_memory()
     stop_on_sigterm()
-    if processes > 1:
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
-    try:
-        yield Machine(device, precision, compiled, rank, local_rank, processes)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if processes > 1:                                       # the main one may download for long
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=1),
+                                device_id=device if name == "cuda" else None)
+    yield Machine(device, precision, compiled, rank, local_rank, processes)
+    if processes > 1:                                       # after an error nobody would answer
+        dist.destroy_process_group()
 
 
 def keep_freed_memory() -> None:
     """Have glibc keep freed blocks of any size instead of returning them to the system, which
     would have to hand them out and clear them again at every step."""
-    with contextlib.suppress(OSError, AttributeError):      # another C library: as it is
+    with contextlib.suppress(OSError, AttributeError, TypeError):   # another C library: as it is
         libc = ctypes.CDLL(None)
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # malloc.h
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
@@ -560,16 +561,15 @@ def run_benchmark(model: nn.Module, objective, epoch_batches, optimizers, micro:
     flop = counter.get_total_flops()
     steps = 10 if machine.device.type == "cuda" else max(1, 256 // settings.batch_size)
     seconds = []
-    while len(seconds) < 6 or sum(seconds) < 15:
+    while len(seconds) < 6 or sum(seconds[1:]) < 15:        # the first one warms up
         start = time.perf_counter()
         batches = itertools.islice(itertools.cycle(epoch_batches(1)), steps)
         train_epoch(model, objective, batches, steps, optimizers, 1, micro, settings, machine)
         took = torch.tensor(time.perf_counter() - start, device=machine.device)
         seconds.append(machine.sum(took).item() / machine.processes)
-    del seconds[0]                                          # warmed up
-    speed = steps * settings.batch_size / statistics.median(seconds)
+    speed = steps * settings.batch_size / statistics.median(seconds[1:])
     if machine.main:
-        print(f"speed      {speed:,.1f} images/s (median of {len(seconds)} timings of {steps} "
+        print(f"speed      {speed:,.1f} images/s (median of {len(seconds) - 1} timings of {steps} "
               f"steps of {settings.batch_size} images)\n"
               f"arithmetic {speed * flop / 1e12:.3g} TFLOP/s ({flop / 1e9:.3g} GFLOP an image, "
               f"forward and backward)\n"
@@ -584,19 +584,28 @@ def holds_run(out: Path) -> bool:
                                                   "config.json"))
 
 
+def resuming(out: Path, program: str) -> str:
+    return f"python {program} --out {shlex.quote(str(out))} --resume"
+
+
+def check_free(out: Path, program: str) -> None:
+    """Raises BadInput where the folder for a new run holds one."""
+    if holds_run(out):
+        raise BadInput(f"{out} already holds a run: go on with `{resuming(out, program)}`, or give "
+                       "another folder with --out")
+
+
 @contextlib.contextmanager
 def run_folder(out: Path, program: str, resumed: bool, machine: Machine):
     """Around all that writes to a run's folder: no other program writes to it, it holds no other
     run, and an interruption says how to go on. Raises BadInput."""
-    go_on = f"python {program} --out {shlex.quote(str(out))} --resume"
     with locked(out) if machine.main else contextlib.nullcontext():
-        if machine.main and not resumed and holds_run(out):
-            raise BadInput(f"{out} already holds a run: go on with `{go_on}`, or give another "
-                           "folder with --out")
+        if machine.main and not resumed:
+            check_free(out, program)
         try:
             yield
         except KeyboardInterrupt as stop:
-            stop.args = (f"Go on with: {go_on}",)
+            stop.args = (f"Go on with: {resuming(out, program)}",)
             raise
 
 
@@ -875,6 +884,8 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
     out = given.get("out") or Path("runs") / f"pretrain-{dataset.name}-{settings.recipe}"
     if checkpoint:
         data.load_weights(plain, checkpoint["model"], out)
+    elif machine.main and not benchmark:
+        check_free(out, "pretrain.py")                      # early, and later behind the lock
     model = prepare_model(plain, machine)
     optimizers = make_optimizers(plain, settings, betas=(0.9, 0.95))
     log = restore(optimizers, checkpoint)
@@ -895,8 +906,8 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
     say_expected(model, masked_loss, batches(0), images * left, steps * left, optimizers, micro,
                  machine)
     test_images = dataset.test_images[:TEST_IMAGES]
-    noise = torch.rand(len(test_images), num_patches, device=machine.device,
-                       generator=data.seeded_generator(machine.device, 0))
+    noise = torch.rand(len(test_images), num_patches, generator=data.seeded_generator("cpu", 0))
+    noise = noise.to(machine.device)                        # the same masks on every device
     with run_folder(out, "pretrain.py", checkpoint is not None, machine):
         if machine.main:
             begin_run(out, save, log, settings, machine, micro)

@@ -556,9 +556,9 @@ def draw_embeddings(model: nn.Module, caption: str) -> Image.Image:
     """Each position's embedding compared with all others, and the filters that embed a patch.
 
     ViT, figure 7: the map at row i, column j shows the cosine similarity of the position
-    embedding of patch (i, j) with those of all patches, what all have in common, their mean, taken
-    away: it places nothing. A filter is the weights of one of the D
-    outputs for the pixels of a patch, grey for zero, by its largest weight; longest first.
+    embedding of patch (i, j) with those of all patches, their mean taken away, for what all share
+    places nothing. A filter is the weights of one of the D outputs for the pixels of a patch, grey
+    for zero, brightened by its largest weight; longest first.
     """
     encoder = encoder_of(model)
     side = encoder.image_size // encoder.patch_size
