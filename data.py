@@ -157,8 +157,9 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
     except Exception:   # what torch.load raises on damaged files has no common type
         raise BadInput(f"{path} is no checkpoint, or a damaged one; give the checkpoint.pt or "
                        "weights.pt of a run") from None
-    keys = {"version", "kind", "settings", "epoch", "model", "log"}
-    if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
+    types = dict(version=int, kind=str, settings=dict, epoch=int, model=dict, log=list)
+    if not isinstance(checkpoint, dict) or not all(
+            isinstance(checkpoint.get(key), value) for key, value in types.items()):
         raise BadInput(f"{path} is no checkpoint of pretrain.py or finetune.py")
     if checkpoint["version"] != CHECKPOINT_VERSION:
         raise BadInput(f"{path} is of checkpoint version {checkpoint['version']}, this program "

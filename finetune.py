@@ -13,6 +13,7 @@ story; settings, machine, optimisation and run folder come from pretrain.py.
 """
 import argparse
 import dataclasses
+import sys
 import time
 from pathlib import Path
 
@@ -237,6 +238,9 @@ def evaluate(given: dict, machine: Machine) -> None:
         raise BadInput(f"{given['evaluate']} tells {settings.num_classes} classes apart, "
                        f"{dataset.name} has {len(dataset.classes)}: name the right data set with "
                        "--dataset")
+    if machine.main and dataset.name != checkpoint["settings"]["dataset"]:
+        print(f"note: it learned from {checkpoint['settings']['dataset']}, not from {dataset.name}",
+              file=sys.stderr)
     model.to(machine.device)
     loss, accuracy = test(model, dataset.test_images, dataset.test_labels, machine)
     if machine.main:

@@ -640,7 +640,7 @@ def load_run(out: Path, kind: str) -> dict:
         raise BadInput(f"--resume: {out} holds no run; name the run with --out, or start one "
                        "without --resume")
     checkpoint = data.load_checkpoint(out / "checkpoint.pt", kind)
-    if "optimizer" not in checkpoint:
+    if not isinstance(checkpoint.get("optimizer"), list):
         raise BadInput(f"{out / 'checkpoint.pt'} holds weights alone and cannot be gone on with")
     return checkpoint
 

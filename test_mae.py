@@ -603,6 +603,9 @@ def test_evaluate_prints_the_accuracy_of_the_last_epoch(runs, data_dir, kind):
     half = succeed(finetune, "--evaluate", runs[kind] / "weights.pt", "--data-dir", data_dir)
     loss = float(read_log(runs[kind])[-1]["test_loss"])
     assert float(re.search("loss ([0-9.]+)", half)[1]) == pytest.approx(loss, abs=0.003)
+    _, out, err = run(finetune, "--evaluate", runs[kind], "--dataset", "shapes",
+                      "--data-dir", data_dir)
+    assert "note: it learned from cifar10, not from shapes" in err and "test accuracy" in out
 
 
 @pytest.mark.parametrize("flags", ["--epochs 20", "--epochs 60 --mode linear",
@@ -1245,6 +1248,7 @@ def spoil(checkpoint: Path, fault: str) -> bytes | None:
         "a checkpoint that runs code": save({**good, "model": Evil()}),
         "of something else": save({"state_dict": good["model"]}),
         "not a dictionary": save([1, 2, 3]),
+        "of other things": save({**good, "model": [1, 2, 3]}),
         "of another version": save({**good, "version": data.CHECKPOINT_VERSION + 1}),
         "of another size": save({**good, "settings": {**good["settings"], "dim": 32}}),
         "without a weight": save({**good, "model": dict(list(good["model"].items())[1:])}),
@@ -1253,8 +1257,8 @@ def spoil(checkpoint: Path, fault: str) -> bytes | None:
 
 @pytest.mark.parametrize("fault", [
     "missing", "empty", "truncated", "a picture", "a pickle that runs code",
-    "a checkpoint that runs code", "of something else", "not a dictionary", "of another version",
-    "of another size", "without a weight"])
+    "a checkpoint that runs code", "of something else", "not a dictionary", "of other things",
+    "of another version", "of another size", "without a weight"])
 def test_checkpoints_that_cannot_be(fault, runs, tmp_path, small, data_dir):
     message = {"missing": "No such file",
                "of another version": f"checkpoint version {data.CHECKPOINT_VERSION + 1}",

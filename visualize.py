@@ -925,7 +925,7 @@ def run_architecture(args: argparse.Namespace) -> Image.Image:
         torch.manual_seed(args.seed)
         model = mae.MAEViT().eval()
         images, _, source = load_images(args, "cifar10", model.encoder.image_size)
-        caption = f"{source} · the default model, untrained"
+        caption = f"{source} · MAEViT with its defaults (recipe full), untrained"
     return draw_architecture(model, images[0], draw_noise(images[:1], model, args.seed), caption)
 
 
@@ -944,7 +944,7 @@ FLAGS = {
     "logs": dict(nargs="+", metavar="RUN_OR_CSV", type=Path, help="folders of runs, or log.csv "
                  "files of runs"),
     "--checkpoint": dict(metavar="FILE", type=Path, help="checkpoint, or a run's folder "
-                         "(results/laptop-pixels; for the architecture an untrained model)"),
+                         "(results/laptop-pixels; for the architecture MAEViT with its defaults, untrained)"),
     "--indices": dict(type=whole_numbers, metavar="I,J,...", help="which images of the data set, "
                       "counted from 0 (the first ones)"),
     "--count": dict(type=data.number(int, 1, 60), metavar="N",
