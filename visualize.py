@@ -903,7 +903,9 @@ def run_curves(args: argparse.Namespace) -> Image.Image:
 
 
 def run_attention(args: argparse.Namespace) -> Image.Image:
-    model, _, images, labels, caption = prepare(args)
+    model, checkpoint, images, labels, caption = prepare(args)
+    if checkpoint["settings"].get("pool") == "mean" and not args.patch:
+        caption += " · its head reads the patches, not this token"
     encoder = encoder_of(model)
     side, depth = encoder.image_size // encoder.patch_size, len(encoder.blocks)
     if args.patch and (len(args.patch) != 2 or max(args.patch) >= side):
