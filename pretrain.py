@@ -285,17 +285,17 @@ def on_machine(given: dict):
     if not there[name]:
         raise BadInput(f"--device {name}: torch finds no such device here; leave the flag out to "
                        "use what there is")
+    precision = given.get("precision", "auto")
+    if precision == "auto":
+        precision = "bf16" if multiplies_bf16(name) else "fp32"
+    elif precision == "bf16" and name != "cpu" and not multiplies_bf16(name):
+        raise BadInput(f"--precision bf16: this {name} device cannot; use fp32")
     if name == "cuda" and local_rank >= torch.cuda.device_count():
         raise BadInput(f"process {local_rank + 1} on this machine finds "
                        f"{torch.cuda.device_count()} GPUs: start as many processes as GPUs")
     device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
     if name == "cuda":
         torch.cuda.set_device(device)
-    precision = given.get("precision", "auto")
-    if precision == "auto":
-        precision = "bf16" if multiplies_bf16(name) else "fp32"
-    elif precision == "bf16" and name != "cpu" and not multiplies_bf16(name):
-        raise BadInput(f"--precision bf16: this {name} device cannot; use fp32")
     compilers = ("cc", "gcc", "clang") if name == "cuda" else ("g++", "clang++")
     can_compile = (any(map(shutil.which, compilers))
                    and Path(sysconfig.get_path("include"), "Python.h").exists())
