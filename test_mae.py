@@ -761,6 +761,7 @@ def test_a_seed_fixes_the_run_and_another_seed_changes_it(runs, tiny_pretrain, t
 def test_benchmark_prints_a_speed_and_writes_nothing(kind, tiny_pretrain, tiny, small, runs,
                                                      tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrain, "BENCHMARK_SECONDS", 0)
     flags = {"pretrain": tiny_pretrain, "scratch": tiny,
              "linear": [*small, "--init", runs["pretrain"], "--mode", "linear"]}[kind]
     out = succeed(pretrain if kind == "pretrain" else finetune, *flags, "--benchmark")
@@ -1466,6 +1467,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_every_command_in_the_readme_works(data_dir, tmp_path, monkeypatch):
     """In the order of the README, on 200 images and a small model; a later flag wins."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrain, "BENCHMARK_SECONDS", 0)
     os.symlink(data_dir, "data")
     os.symlink(HERE / "results", "results")
     assert len(COMMANDS) > 25
