@@ -389,7 +389,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     + 2.0315 s^5, which lifts small ones fast and leaves those near 1 between 0.68 and 1.15. That is
     s times a factor of s^2, so all steps can be taken on the small square matrix of the s^2.
     """
-    if matrices.shape[1] > matrices.shape[2]:
+    if matrices.shape[1] > matrices.shape[2]:               # the square matrix is the smaller one
         return orthogonalize(matrices.mT).mT
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)     # no s is above 1
     gram = x @ x.mT                                         # (n, r, r)

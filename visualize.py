@@ -946,7 +946,8 @@ FLAGS = {
     "logs": dict(nargs="+", metavar="RUN_OR_CSV", type=Path, help="folders of runs, or log.csv "
                  "files of runs"),
     "--checkpoint": dict(metavar="FILE", type=Path, help="checkpoint, or a run's folder "
-                         "(results/laptop-pixels; for the architecture MAEViT with its defaults, untrained)"),
+                         "(results/laptop-pixels; for the architecture MAEViT with its "
+                         "defaults, untrained)"),
     "--indices": dict(type=whole_numbers, metavar="I,J,...", help="which images of the data set, "
                       "counted from 0 (the first ones)"),
     "--count": dict(type=data.number(int, 1, 60), metavar="N",
