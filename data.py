@@ -356,6 +356,16 @@ class Dataset:
                            "images")
         return self.subset(torch.arange(count))
 
+    def hold_out(self, count: int) -> "Dataset":
+        """The last `count` training images become the test images. Raises BadInput where none
+        would be left to learn from."""
+        rest = len(self.train_images) - count
+        if rest < 1:
+            raise BadInput(f"--validation {count}: {self.name} has {len(self.train_images)} "
+                           "training images in use, and some must be left to learn from")
+        return dataclasses.replace(self.first(rest), test_images=self.train_images[rest:],
+                                   test_labels=self.train_labels[rest:])
+
     def balanced(self, per_class: int, seed: int) -> "Dataset":
         """`per_class` random training images of each class. Raises BadInput where one has fewer."""
         generator = torch.Generator().manual_seed(seed)

@@ -458,6 +458,15 @@ def test_balanced_subsets_hold_n_of_each_class_and_depend_on_the_seed(data_dir):
         dataset.balanced(1001, seed=0)
 
 
+def test_images_held_out_are_tested_on_and_not_learned_from(data_dir):
+    whole = data.load_dataset("shapes", data_dir)
+    held_out = whole.hold_out(1000)
+    assert torch.equal(held_out.train_images, whole.train_images[:-1000])
+    assert torch.equal(held_out.train_labels, whole.train_labels[:-1000])
+    assert torch.equal(held_out.test_images, whole.train_images[-1000:])
+    assert torch.equal(held_out.test_labels, whole.train_labels[-1000:])
+
+
 # ------------------------------------------------------------------------------ the programs
 
 
@@ -621,6 +630,15 @@ def test_repeat_shows_few_images_often(small, tmp_path, tiny):
     out = succeed(finetune, *tiny, "--labels-per-class", 2, "--repeat", 8, "--epochs", 1,
                   "--batch-size", 32, "--out", tmp_path / "run")
     assert "20 training" in out and "1 epochs of 5 steps of 32 images" in out
+
+
+def test_settings_are_chosen_on_images_held_out_and_evaluated_on_the_test_images(
+        data_dir, tmp_path, tiny):
+    out = succeed(finetune, *tiny, "--limit", 64, "--validation", 24, "--labels-per-class", 1,
+                  "--epochs", 1, "--out", tmp_path / "run")
+    assert "10 training and 24 test images" in out
+    out = succeed(finetune, "--evaluate", tmp_path / "run", "--data-dir", data_dir)
+    assert "40 test images" in out
 
 
 def test_cifar100_has_a_hundred_classes(data_dir, tmp_path, tiny):
@@ -1033,6 +1051,7 @@ FLAG_FAULTS = [
     (finetune, "--out {runs}/finetune --resume --pool cls", "--pool cls contradicts the run"),
     (finetune, "--out {runs}/pretrain --resume", "a classifier from finetune.py is needed"),
     (finetune, "--labels-per-class 5000", "5000: of the 96 training images of cifar10"),
+    (finetune, "--validation 96", "96: cifar10 has 96 training images in use"),
     (finetune, "--evaluate {runs}/pretrain", "a classifier from finetune.py is needed"),
     (finetune, "--evaluate {runs}/finetune --dataset cifar100", "tells 10 classes apart"),
     (finetune, "--evaluate {runs}/finetune --epochs 3", "--epochs"),
