@@ -362,7 +362,7 @@ class Dataset:
         rest = len(self.train_images) - count
         if rest < 1:
             raise BadInput(f"--validation {count}: {self.name} has {len(self.train_images)} "
-                           "training images in use, and some must be left to learn from")
+                           "training images, and some must be left to learn from")
         return dataclasses.replace(self.first(rest), test_images=self.train_images[rest:],
                                    test_labels=self.train_labels[rest:])
 

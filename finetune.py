@@ -78,9 +78,6 @@ def make_parser() -> data.Parser:
                         type=data.number(int, 1, 10**6), metavar="N")
     parser.add_argument("--repeat", help="show each training image N times an epoch, for few "
                         "images (1)", type=data.number(int, 1, 10**4), metavar="N")
-    parser.add_argument("--validation", help="test on the last N training images and learn from "
-                        "the others, to choose settings by (0: on the test images)",
-                        type=data.number(int, 0, 10**6), metavar="N")
     parser.add_argument("--evaluate", help="print the test accuracy of a classifier and train "
                         "nothing", metavar="CHECKPOINT")
     return parser
@@ -90,7 +87,7 @@ def resolve_settings(given: dict, machine: Machine) -> tuple[argparse.Namespace,
     """The settings, and the checkpoint of --init. Raises BadInput."""
     mode, checkpoint = given.get("mode", "finetune"), None
     fixed = dict(LINEAR if mode == "linear" else {}, mode=mode, init=None, labels_per_class=None,
-                 repeat=1, validation=0)
+                 repeat=1)
     if "init" in given:
         checkpoint = data.load_checkpoint(given["init"], "pretrain")
         for name in mae.MODEL_SIZES:
@@ -232,7 +229,8 @@ def main(argv: list[str] | None = None) -> None:
 def evaluate(given: dict, machine: Machine) -> None:
     """Print the test accuracy of a saved classifier. Raises BadInput."""
     checkpoint = data.load_checkpoint(given["evaluate"], "classifier")
-    settings = argparse.Namespace(**{**checkpoint["settings"], "limit": None, **given})
+    settings = argparse.Namespace(**{**checkpoint["settings"], "limit": None, "validation": 0,
+                                     **given})
     vars(settings).pop("images", None)                      # those it learned from
     model = shared.build("classifier", settings)
     data.load_weights(model, checkpoint["model"], given["evaluate"])
@@ -272,8 +270,6 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
     if benchmark:
         shared.shorten_steps(settings, machine)
     dataset = shared.load_data(settings, machine)
-    if settings.validation:
-        dataset = dataset.hold_out(settings.validation)
     if settings.labels_per_class:
         dataset = dataset.balanced(settings.labels_per_class, settings.seed)
     settings.num_classes = len(dataset.classes)

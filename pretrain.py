@@ -98,6 +98,8 @@ def add_common_flags(parser: data.Parser, recipes: dict) -> None:
          "(auto)", choices=["auto", *data.SOURCES])
     flag("--data-dir", "folder of the data sets' folders (data)", metavar="DIR")
     flag("--limit", "use the first N training images only (all)", type=positive, metavar="N")
+    flag("--validation", "test on the last N training images, and learn from the others: to choose "
+         "settings by (0: on the test images)", type=data.number(int, 0, 10**6), metavar="N")
     flag("--epochs", "passes over the training images", type=positive, metavar="N")
     flag("--warmup-epochs", "epochs in which the learning rate rises from 0, of those of --epochs",
          type=data.number(float, 0), metavar="N")
@@ -180,7 +182,8 @@ def resolve_settings(given: dict, recipes: dict, machine: "Machine") -> argparse
     recipe = given.get("recipe", "auto")
     if recipe == "auto":
         recipe = "full" if machine.device.type == "cuda" else "laptop"
-    common = dict(dataset="auto", data_dir="data", limit=None, micro_batch_size=None, seed=0)
+    common = dict(dataset="auto", data_dir="data", limit=None, validation=0,
+                  micro_batch_size=None, seed=0)
     chosen = {name: value for name, value in given.items() if name not in NOT_KEPT}
     settings = argparse.Namespace(**{**common, **recipes[recipe], **chosen})
     settings.recipe, settings.precision = recipe, machine.precision
@@ -771,7 +774,11 @@ def load_data(settings: argparse.Namespace, machine: Machine) -> data.Dataset:
                        f"made with {settings.images[0]} + {settings.images[1]}: name the folder of "
                        "its data set with --data-dir")
     settings.images = images
-    return (dataset.first(settings.limit) if settings.limit else dataset).to(machine.device)
+    if settings.validation:
+        dataset = dataset.hold_out(settings.validation)
+    if settings.limit:
+        dataset = dataset.first(settings.limit)
+    return dataset.to(machine.device)
 
 
 def count_tokens_width(model: mae.MAEViT, settings: argparse.Namespace) -> int:
@@ -907,6 +914,7 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
     say_expected(model, masked_loss, batches(0), images * left, steps * left, optimizers, micro,
                  machine)
     test_images = dataset.test_images[:TEST_IMAGES]
+    pictured = "validation" if settings.validation else "test"
     noise = torch.rand(len(test_images), num_patches, generator=data.seeded_generator("cpu", 0))
     noise = noise.to(machine.device)                        # the same masks on every device
     with run_folder(out, "pretrain.py", checkpoint is not None, machine):
@@ -925,7 +933,7 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
             if epoch % settings.picture_every == 0 or epoch in (1, settings.epochs):
                 picture = visualize.reconstruction_grid(
                     plain, test_images[:PICTURED], noise[:PICTURED],
-                    f"{visualize.title_of(dataset.name)} test images · {out.name}", epoch=epoch)
+                    f"{visualize.title_of(dataset.name)} {pictured} images · {out.name}", epoch=epoch)
                 visualize.save_png(picture, out / "reconstructions" / f"epoch-{epoch:04}.png")
             save()
             print(f"epoch {epoch}/{settings.epochs}  loss {values['loss']:.4f}  test loss "

@@ -634,8 +634,10 @@ def test_repeat_shows_few_images_often(small, tmp_path, tiny):
 
 def test_settings_are_chosen_on_images_held_out_and_evaluated_on_the_test_images(
         data_dir, tmp_path, tiny):
-    out = succeed(finetune, *tiny, "--limit", 64, "--validation", 24, "--labels-per-class", 1,
-                  "--epochs", 1, "--out", tmp_path / "run")
+    held_out = [*tiny, "--limit", 64, "--validation", 24, "--epochs", 1]
+    out = succeed(pretrain, *held_out, "--out", tmp_path / "encoder")
+    assert "64 training and 24 test images" in out
+    out = succeed(finetune, *held_out, "--labels-per-class", 1, "--out", tmp_path / "run")
     assert "10 training and 24 test images" in out
     out = succeed(finetune, "--evaluate", tmp_path / "run", "--data-dir", data_dir)
     assert "40 test images" in out
@@ -1051,7 +1053,7 @@ FLAG_FAULTS = [
     (finetune, "--out {runs}/finetune --resume --pool cls", "--pool cls contradicts the run"),
     (finetune, "--out {runs}/pretrain --resume", "a classifier from finetune.py is needed"),
     (finetune, "--labels-per-class 5000", "5000: of the 96 training images of cifar10"),
-    (finetune, "--validation 96", "96: cifar10 has 96 training images in use"),
+    (finetune, "--validation 200", "200: cifar10 has 200 training images"),
     (finetune, "--evaluate {runs}/pretrain", "a classifier from finetune.py is needed"),
     (finetune, "--evaluate {runs}/finetune --dataset cifar100", "tells 10 classes apart"),
     (finetune, "--evaluate {runs}/finetune --epochs 3", "--epochs"),
@@ -1468,6 +1470,8 @@ def run_small(command: str, done: list[str]) -> None:
             flags += shlex.split("--dim 48 --depth 1 --heads 3")
         if "--labels-per-class" in flags:
             flags += shlex.split("--labels-per-class 2")
+        if "--validation" in flags:
+            flags += shlex.split("--validation 8")
         if program is pretrain:
             flags += shlex.split("--decoder-dim 48 --decoder-depth 1 --decoder-heads 3")
         if command in done:                                 # the same run, with torchrun
