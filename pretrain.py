@@ -914,7 +914,7 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
     say_expected(model, masked_loss, batches(0), images * left, steps * left, optimizers, micro,
                  machine)
     test_images = dataset.test_images[:TEST_IMAGES]
-    pictured = "validation" if settings.validation else "test"
+    title = f"{visualize.title_of(dataset.name)} {'validation' if settings.validation else 'test'}"
     noise = torch.rand(len(test_images), num_patches, generator=data.seeded_generator("cpu", 0))
     noise = noise.to(machine.device)                        # the same masks on every device
     with run_folder(out, "pretrain.py", checkpoint is not None, machine):
@@ -933,7 +933,7 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
             if epoch % settings.picture_every == 0 or epoch in (1, settings.epochs):
                 picture = visualize.reconstruction_grid(
                     plain, test_images[:PICTURED], noise[:PICTURED],
-                    f"{visualize.title_of(dataset.name)} {pictured} images · {out.name}", epoch=epoch)
+                    f"{title} images · {out.name}", epoch=epoch)
                 visualize.save_png(picture, out / "reconstructions" / f"epoch-{epoch:04}.png")
             save()
             print(f"epoch {epoch}/{settings.epochs}  loss {values['loss']:.4f}  test loss "
