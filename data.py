@@ -58,7 +58,7 @@ def exit_on_bad_input():
     try:
         yield
     except BadInput as problem:
-        print("error:", " ".join(str(problem).split()), file=sys.stderr)
+        sys.stderr.write(f"error: {' '.join(str(problem).split())}\n")  # in one piece
         sys.exit(2)
     except OSError as error:                                # of a file that the user named
         if not error.filename:
@@ -118,6 +118,10 @@ def write_file(path: Path | str, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        if hasattr(os, "O_DIRECTORY"):                      # the new name too, to the disk
+            folder = os.open(path.parent, os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -352,8 +356,8 @@ class Dataset:
     def first(self, count: int) -> "Dataset":
         """The first `count` training images. Raises BadInput where there are fewer."""
         if count > len(self.train_images):
-            raise BadInput(f"--limit {count}: {self.name} has {len(self.train_images)} training "
-                           "images")
+            raise BadInput(f"--limit {count}: {self.name} has {len(self.train_images):,} training "
+                           "images in use")
         return self.subset(torch.arange(count))
 
     def hold_out(self, count: int) -> "Dataset":

@@ -41,7 +41,7 @@ RECIPES = {
     "strong": dict(
         MODELS["full"], pool="mean", epochs=100, warmup_epochs=5, batch_size=128, base_lr=2e-3,
         optimizer="adamw", weight_decay=0.05, layer_decay=0.8, augment="crop", mask_ratio=0.5,
-        mix=True, label_smoothing=0.1),
+        mix=True, label_smoothing=0.0),
 }
 LINEAR = dict(                      # with --mode linear, over those of the recipe
     epochs=100, warmup_epochs=10, batch_size=512, base_lr=1e-2, optimizer="adamw", weight_decay=0.0,
@@ -253,7 +253,8 @@ def usual_folder(settings: argparse.Namespace) -> Path:
     """Where a run goes that was given no --out."""
     kind = settings.mode if settings.init else "scratch"
     labels = f"-{settings.labels_per_class}-labels" if settings.labels_per_class else ""
-    return Path("runs") / f"{kind}-{settings.dataset}-{settings.recipe}{labels}"
+    held_out = "-validation" if settings.validation else ""
+    return Path("runs") / f"{kind}{held_out}-{settings.dataset}-{settings.recipe}{labels}"
 
 
 def load_encoder(classifier: mae.ViTClassifier, init: dict, path: str) -> None:
@@ -268,7 +269,7 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
              machine: Machine) -> None:
     benchmark = given.get("benchmark", False)
     if benchmark:
-        shared.shorten_steps(settings, machine)
+        shared.shorten_steps(settings, given, machine)
     dataset = shared.load_data(settings, machine)
     if settings.labels_per_class:
         dataset = dataset.balanced(settings.labels_per_class, settings.seed)
@@ -285,6 +286,13 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
     out = given.get("out") or usual_folder(settings)
     if init:
         load_encoder(classifier, init, settings.init)
+        learned = init["settings"]
+        if machine.main and init["epoch"] < learned["epochs"]:
+            print(f"note: {settings.init} has done {init['epoch']} of its {learned['epochs']} "
+                  "epochs", file=sys.stderr)
+        if machine.main and settings.validation > learned.get("validation", 0):
+            print(f"note: {settings.init} has seen the validation images, without labels",
+                  file=sys.stderr)
     if checkpoint:
         data.load_weights(classifier, checkpoint["model"], out)
     elif machine.main and not benchmark:
@@ -350,7 +358,8 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
                   f"{shared.time_left(log, settings.epochs)} left", flush=True)
         if machine.main:
             shared.draw_log(out, dataset, log)
-            print(f"done: {out}, test accuracy {log[-1]['test_accuracy']:.2f} %", flush=True)
+            print(f"done: {out}, {shared.tested_on(settings)} accuracy "
+                  f"{log[-1]['test_accuracy']:.2f} %", flush=True)
 
 
 if __name__ == "__main__":

@@ -198,7 +198,8 @@ def resolve_settings(given: dict, recipes: dict, machine: "Machine") -> argparse
 
 def resumed_settings(checkpoint: dict, given: dict) -> argparse.Namespace:
     """The run's own settings. Raises BadInput where a flag contradicts them."""
-    settings, epoch = argparse.Namespace(**checkpoint["settings"]), checkpoint["epoch"]
+    settings = argparse.Namespace(**{"validation": 0, **checkpoint["settings"]})    # not in older
+    epoch = checkpoint["epoch"]
     before = settings.epochs, learning_rate(settings, epoch)
     for name, value in given.items():
         own = getattr(settings, name, None)
@@ -207,7 +208,8 @@ def resumed_settings(checkpoint: dict, given: dict) -> argparse.Namespace:
             continue
         if not raised and name not in MAY_CHANGE:
             raise BadInput(f"{spell(name, value)} contradicts the run in {given['out']}, which has "
-                           f"{own}: leave the flag out, or start another run with another --out")
+                           f"{'none' if own is None else own}: leave the flag out, or start "
+                           "another run with another --out")
         setattr(settings, name, value)
     if settings.epochs > before[0] and data.is_main_process():
         print(f"schedule: the cosine now ends after epoch {settings.epochs} instead of {before[0]};"
@@ -292,8 +294,12 @@ def on_machine(given: dict):
     precision = given.get("precision", "auto")
     if precision == "auto":
         precision = "bf16" if multiplies_bf16(name) else "fp32"
-    elif precision == "bf16" and name != "cpu" and not multiplies_bf16(name):
-        raise BadInput(f"--precision bf16: this {name} device cannot; use fp32")
+    elif precision == "bf16" and not multiplies_bf16(name):
+        if name != "cpu":
+            raise BadInput(f"--precision bf16: this {name} device cannot; use fp32")
+        if rank == 0:
+            print("note: this processor has no products in bfloat16; --precision fp32 is faster",
+                  file=sys.stderr)
     if name == "cuda" and local_rank >= torch.cuda.device_count():
         raise BadInput(f"process {local_rank + 1} on this machine finds "
                        f"{torch.cuda.device_count()} GPUs: start as many processes as GPUs")
@@ -546,10 +552,10 @@ def with_progress(text: str, parts: list, machine: Machine):
             show_progress(f"{text} {done / len(parts):.0%}")
 
 
-def shorten_steps(settings: argparse.Namespace, machine: Machine) -> None:
-    """For a benchmark: a step of 4096 images takes minutes on a CPU, and one of 256 tells as
-    much."""
-    if machine.device.type == "cpu" and settings.micro_batch_size is None:
+def shorten_steps(settings: argparse.Namespace, given: dict, machine: Machine) -> None:
+    """For a benchmark: a step of 4096 images takes minutes on a CPU, and one of 256, where no
+    other size was asked for, tells as much."""
+    if machine.device.type == "cpu" and not given.keys() & {"batch_size", "micro_batch_size"}:
         settings.batch_size = min(settings.batch_size, 256)
 
 
@@ -717,8 +723,9 @@ def restore(optimizers, checkpoint: dict | None) -> list[dict]:
 def tidy_run(out: Path, epoch: int) -> None:
     """Take away what a run that was stopped left beyond its last checkpoint."""
     (out / "weights.pt").unlink(missing_ok=True)
-    for part in out.glob("**/.*.part"):
-        part.unlink(missing_ok=True)
+    for folder in (out, out / "reconstructions"):
+        for part in folder.glob(".*.part"):
+            part.unlink(missing_ok=True)
     for picture in (out / "reconstructions").glob("epoch-*.png"):
         number = picture.stem.removeprefix("epoch-")
         if number.isdecimal() and int(number) > epoch:
@@ -742,7 +749,8 @@ def log_row(epoch: int, values: dict, lr: float, started: float, trained: float,
 
 
 def draw_log(out: Path, dataset: data.Dataset, log: list[dict]) -> None:
-    picture = visualize.draw_curves({out.name: log}, caption=visualize.title_of(dataset.name))
+    title = visualize.title_of(dataset.name)
+    picture = visualize.draw_curves({out.resolve().name: log}, caption=title)
     visualize.save_png(picture, out / "curves.png")
 
 
@@ -779,6 +787,10 @@ def load_data(settings: argparse.Namespace, machine: Machine) -> data.Dataset:
     if settings.limit:
         dataset = dataset.first(settings.limit)
     return dataset.to(machine.device)
+
+
+def tested_on(settings: argparse.Namespace) -> str:
+    return "validation" if settings.validation else "test"
 
 
 def count_tokens_width(model: mae.MAEViT, settings: argparse.Namespace) -> int:
@@ -858,7 +870,8 @@ def describe_run(settings: argparse.Namespace, machine: Machine, dataset: data.D
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"device     {machine.describe()}\n"
           f"data       {dataset.name}, {len(dataset.train_images):,} training and "
-          f"{len(dataset.test_images):,} test images, augmentation: {settings.augment}\n"
+          f"{len(dataset.test_images):,} {tested_on(settings)} images, augmentation: "
+          f"{settings.augment}\n"
           f"recipe     {settings.recipe}: {settings.epochs} epochs of {steps} steps of "
           f"{settings.batch_size} images (micro-batches of {micro}), {settings.optimizer}, "
           f"learning rate up to {settings.base_lr * settings.batch_size / 256:.3g}\n"
@@ -884,12 +897,13 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
              machine: Machine) -> None:
     benchmark = given.get("benchmark", False)
     if benchmark:
-        shorten_steps(settings, machine)
+        shorten_steps(settings, given, machine)
     plain = build("pretrain", settings)
     num_patches = plain.encoder.num_patches
     micro = fit_micro_batch(settings, machine, count_tokens_width(plain, settings))
     dataset = load_data(settings, machine)
-    out = given.get("out") or Path("runs") / f"pretrain-{dataset.name}-{settings.recipe}"
+    kind = "pretrain-validation" if settings.validation else "pretrain"
+    out = given.get("out") or Path("runs") / f"{kind}-{dataset.name}-{settings.recipe}"
     if checkpoint:
         data.load_weights(plain, checkpoint["model"], out)
     elif machine.main and not benchmark:
@@ -914,7 +928,8 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
     say_expected(model, masked_loss, batches(0), images * left, steps * left, optimizers, micro,
                  machine)
     test_images = dataset.test_images[:TEST_IMAGES]
-    title = f"{visualize.title_of(dataset.name)} {'validation' if settings.validation else 'test'}"
+    caption = (f"{visualize.title_of(dataset.name)} {tested_on(settings)} images · "
+               f"{out.resolve().name}")
     noise = torch.rand(len(test_images), num_patches, generator=data.seeded_generator("cpu", 0))
     noise = noise.to(machine.device)                        # the same masks on every device
     with run_folder(out, "pretrain.py", checkpoint is not None, machine):
@@ -932,8 +947,7 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
                 continue
             if epoch % settings.picture_every == 0 or epoch in (1, settings.epochs):
                 picture = visualize.reconstruction_grid(
-                    plain, test_images[:PICTURED], noise[:PICTURED],
-                    f"{title} images · {out.name}", epoch=epoch)
+                    plain, test_images[:PICTURED], noise[:PICTURED], caption, epoch=epoch)
                 visualize.save_png(picture, out / "reconstructions" / f"epoch-{epoch:04}.png")
             save()
             print(f"epoch {epoch}/{settings.epochs}  loss {values['loss']:.4f}  test loss "

@@ -636,11 +636,35 @@ def test_settings_are_chosen_on_images_held_out_and_evaluated_on_the_test_images
         data_dir, tmp_path, tiny):
     held_out = [*tiny, "--limit", 64, "--validation", 24, "--epochs", 1]
     out = succeed(pretrain, *held_out, "--out", tmp_path / "encoder")
-    assert "64 training and 24 test images" in out
+    assert "64 training and 24 validation images" in out
     out = succeed(finetune, *held_out, "--labels-per-class", 1, "--out", tmp_path / "run")
-    assert "10 training and 24 test images" in out
+    assert "10 training and 24 validation images" in out
+    assert re.search(r"done: .*run, validation accuracy", out)
     out = succeed(finetune, "--evaluate", tmp_path / "run", "--data-dir", data_dir)
     assert "40 test images" in out
+
+
+def test_an_encoder_that_is_unfinished_or_has_seen_the_validation_images_is_noted(
+        runs, small, tmp_path):
+    unfinished = data.load_checkpoint(runs["pretrain"])
+    unfinished["settings"]["epochs"] = 5
+    data.save_checkpoint(tmp_path / "unfinished.pt", unfinished)
+    flags = [*small, "--epochs", 1, "--init"]
+    _, _, err = run(finetune, *flags, runs["pretrain"], "--out", tmp_path / "run")
+    assert "has done" not in err and "has seen" not in err
+    _, _, err = run(finetune, *flags, tmp_path / "unfinished.pt", "--validation", 8,
+                    "--out", tmp_path / "noted")
+    assert "unfinished.pt has done 3 of its 5 epochs" in err
+    assert "unfinished.pt has seen the validation images, without labels" in err
+
+
+def test_a_run_from_before_there_were_validation_images_goes_on(runs, tmp_path):
+    shutil.copytree(runs["pretrain"], tmp_path / "run")
+    checkpoint = data.load_checkpoint(tmp_path / "run")
+    del checkpoint["settings"]["validation"]
+    data.save_checkpoint(tmp_path / "run" / "checkpoint.pt", checkpoint)
+    succeed(pretrain, "--out", tmp_path / "run", "--resume", "--epochs", 4)
+    assert len(read_log(tmp_path / "run")) == 4
 
 
 def test_cifar100_has_a_hundred_classes(data_dir, tmp_path, tiny):
@@ -1391,6 +1415,16 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_the_figure_of_the_model_states_the_loss_of_the_model(norm_pix_loss, monkeypatch):
+    model = tiny_mae(norm_pix_loss=norm_pix_loss).eval()
+    image, noise = data.unscale(random_images(1))[0], random_noise(1, 16)
+    monkeypatch.setattr(visualize, "draw_flow", lambda stages, *_: stages)
+    name, drawn, _ = visualize.draw_architecture(model, image, noise, "")[-1]
+    loss = model(data.scale(image[None]), noise)[0].item()
+    assert name == "loss" and float(drawn[0]) == pytest.approx(loss, abs=6e-5)
 
 
 def test_pictures_of_every_kind_simply_work(runs, tmp_path):

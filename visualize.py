@@ -580,8 +580,8 @@ def draw_embeddings(model: nn.Module, caption: str) -> Image.Image:
     columns = math.ceil(encoder.dim / math.ceil(encoder.dim / most))    # rows of about one length
     filters = mosaic(data.unscale(filters / peak), columns, enlarge, 5)
     size = maps[0].shape[-1]
-    sheet = Sheet(WIDTH, 40 + size + 64 + 60 + filters.shape[1], "What the embeddings learned",
-                  caption)
+    sheet = Sheet(WIDTH, 40 + size + 64 + 60 + filters.shape[1],
+                  "Position embeddings and patch filters", caption)
     for i, (name, picture) in enumerate(zip(positions, maps)):
         x = MARGIN + i * (half + 40)
         sheet.text(x, sheet.top + 2, f"position embeddings of the {name}")
@@ -655,7 +655,8 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
     tokens = encoder.embed(visible, restore)                # (1, 1 + K, D)
     latent = encoder(visible, restore)                      # (1, 1 + K, D)
     pred = decoder(latent, restore)                         # (1, N, 3*p*p)
-    error = (to_pixels(model, patches, pred) - patches).square().mean(dim=-1)   # (1, N)
+    target = mae.normalize_patches(patches) if model.norm_pix_loss else patches
+    error = (pred - target).square().mean(dim=-1)           # (1, N)
     side, K, hidden = image.shape[-1] // p, visible.shape[1], int(mask.sum())
     N, across = side * side, math.isqrt(visible.shape[1])
 
@@ -697,7 +698,8 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
                      f"{decoder.blocks[0].attn.heads} heads", "linear head"], parameters(decoder)),
         ("prediction", cells(cut(to_pixels(model, patches, pred)), side),
          "not learned where visible"),
-        ("original", cells(cut(patches), side), "every patch"),
+        ("original", cells(cut(patches), side),
+         "each patch normalised" if model.norm_pix_loss else "every patch"),
         ("squared error", cells(errors, side), "visible patches do not count"),
         ("loss", [f"{float((error * mask).sum() / mask.sum()):.4f}"],
          f"over {hidden} masked patches"),
@@ -706,10 +708,11 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
         (batch(images), "cut up"), (batch(patches), "shuffle, mark"),
         (batch(patches), f"keep the first {K}"),
         (batch(visible), "embed, add positions, class token in front"), (batch(tokens), ""),
-        (batch(latent), "fill up, unshuffle"), (whole, "add positions"),
-        (batch(pred), "the class token is dropped before the head"), (batch(pred), "subtract"),
-        (batch(error), "square, mean"), ("()", "mean of the masked"),
+        (batch(latent), "embed, fill, unshuffle"), (whole, "add positions"),
+        (batch(pred), "the class token is dropped before the head"), (batch(pred), "compare with"),
+        (batch(error), "subtract, square, mean"), ("()", "mean of the masked"),
     ]
+    caption += NORMALIZED if model.norm_pix_loss else ""
     return draw_flow(stages, arrows, "A masked autoencoder, step by step", caption)
 
 
@@ -791,7 +794,8 @@ def name_log(path: Path) -> str:
     folder = path.resolve() if path.is_dir() else path.resolve().parent
     try:
         settings = json.loads((folder / "config.json").read_text())["settings"]
-        return f"{folder.name} ({title_of(settings['dataset'])})"
+        held_out = ", validation" if settings.get("validation") else ""
+        return f"{folder.name} ({title_of(settings['dataset'])}{held_out})"
     except (OSError, ValueError, KeyError, TypeError):
         return folder.name
 
@@ -829,8 +833,9 @@ def load_images(args: argparse.Namespace, dataset: str, size: int):
     name = args.dataset or dataset
     chosen = args.indices or range(args.count)
     files = [Path(file) for file in args.images]
-    if files and args.indices:
-        raise BadInput("--indices counts images of a data set: leave it out, or the image files")
+    if files and (args.indices or args.dataset):
+        raise BadInput("--indices and --dataset are about images of a data set: leave them out, or "
+                       "the image files")
     if not files and not args.dataset and not args.indices and name != "shapes":
         if not (args.data_dir / data.SOURCES[name].folder).exists():
             files = sorted((HERE / "assets" / "examples").glob("*.png"))[:args.count]
@@ -877,6 +882,8 @@ def run_reconstruct(args: argparse.Namespace) -> Image.Image:
     for label, error in zip(labels, errors.tolist()):
         print(f"{label}: error {error:.4f}")
     print(f"mean error of the masked patches, pixels scaled to -1..1: {errors.mean():.4f}")
+    if model.norm_pix_loss:
+        print("(the model predicts normalised patches; each got its own mean and deviation back)")
     return reconstruction_grid(model, images, noise, caption, args.raw, labels,
                                mask_ratio=args.mask_ratio)
 
@@ -951,8 +958,9 @@ FLAGS = {
     "--indices": dict(type=whole_numbers, metavar="I,J,...", help="which images of the data set, "
                       "counted from 0 (the first ones)"),
     "--count": dict(type=data.number(int, 1, 60), metavar="N",
-                    help="how many images (%(default)s)"),
-    "--split": dict(choices=["train", "test"], default="test", help="(%(default)s)"),
+                    help="how many images of the data set or run (%(default)s)"),
+    "--split": dict(choices=["train", "test"], default="test", help="of the data set "
+                    "(%(default)s)"),
     "--dataset": dict(choices=list(data.SOURCES), help="data set, downloaded if it is missing (the "
                       "checkpoint's, never downloaded)"),
     "--data-dir": dict(type=Path, default=Path("data"), metavar="DIR", help="folder of the data "
@@ -991,7 +999,7 @@ COMMANDS = {    # name: (function, what it draws, flags, their defaults)
     "embeddings": (run_embeddings, "position embeddings compared, filters of the patch embedding",
                    ("--checkpoint",), dict(checkpoint=SHIPPED)),
     "architecture": (run_architecture, "a batch on its way through the model, with all shapes",
-                     (*IMAGES, "--seed"), dict(count=1)),
+                     (*(flag for flag in IMAGES if flag != "--count"), "--seed"), dict(count=1)),
 }
 
 
