@@ -104,7 +104,7 @@ def number(kind: type, low: float, high: float = math.inf, open_ends: bool = Fal
 # ------------------------------------------------------------------------------ files
 
 
-def write_file(path: Path | str, content: bytes) -> None:
+def write_file(path: Path | str, content: bytes | memoryview) -> None:
     """Write a file whole or not at all: beside its place, to the disk, then renamed into place.
 
     Raises BadInput where it cannot be written; what stood there before then stands there still.
@@ -136,7 +136,7 @@ def save_checkpoint(path: Path | str, checkpoint: dict) -> None:
     """Write tensors and plain values; `load_checkpoint` says which keys. Raises BadInput."""
     buffer = io.BytesIO()
     torch.save({"version": CHECKPOINT_VERSION, **checkpoint}, buffer)
-    write_file(path, buffer.getvalue())
+    write_file(path, buffer.getbuffer())
 
 
 def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:

@@ -40,7 +40,7 @@ RECIPES = {
         mix=False, label_smoothing=0.0),
     "strong": dict(
         MODELS["full"], pool="mean", epochs=100, warmup_epochs=5, batch_size=128, base_lr=2e-3,
-        optimizer="adamw", weight_decay=0.05, layer_decay=0.8, augment="crop", mask_ratio=0.5,
+        optimizer="adamw", weight_decay=0.05, layer_decay=0.8, augment="crop", mask_ratio=0.0,
         mix=True, label_smoothing=0.0),
 }
 LINEAR = dict(                      # with --mode linear, over those of the recipe
@@ -265,6 +265,17 @@ def load_encoder(classifier: mae.ViTClassifier, init: dict, path: str) -> None:
     data.load_weights(classifier, {**encoder, **head}, path)
 
 
+def note_pretraining(init: dict, settings: argparse.Namespace) -> None:
+    """Say what may surprise about the encoder."""
+    learned = init["settings"]
+    if init["epoch"] < learned["epochs"]:
+        print(f"note: {settings.init} has done {init['epoch']} of its {learned['epochs']} epochs",
+              file=sys.stderr)
+    if settings.validation > learned.get("validation", 0):
+        print(f"note: {settings.init} has seen the validation images, without labels",
+              file=sys.stderr)
+
+
 def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict | None, given: dict,
              machine: Machine) -> None:
     benchmark = given.get("benchmark", False)
@@ -286,13 +297,8 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
     out = given.get("out") or usual_folder(settings)
     if init:
         load_encoder(classifier, init, settings.init)
-        learned = init["settings"]
-        if machine.main and init["epoch"] < learned["epochs"]:
-            print(f"note: {settings.init} has done {init['epoch']} of its {learned['epochs']} "
-                  "epochs", file=sys.stderr)
-        if machine.main and settings.validation > learned.get("validation", 0):
-            print(f"note: {settings.init} has seen the validation images, without labels",
-                  file=sys.stderr)
+        if machine.main:
+            note_pretraining(init, settings)
     if checkpoint:
         data.load_weights(classifier, checkpoint["model"], out)
     elif machine.main and not benchmark:
