@@ -790,6 +790,7 @@ def load_data(settings: argparse.Namespace, machine: Machine) -> data.Dataset:
 
 
 def tested_on(settings: argparse.Namespace) -> str:
+    """What the images of the test losses and accuracies are called."""
     return "validation" if settings.validation else "test"
 
 

@@ -982,24 +982,24 @@ FLAGS = {
                     "from 1 (the last)"),
     "--out": dict(type=Path, metavar="FILE", help="file to write (%(default)s)"),
 }
-IMAGES = ("images", "--checkpoint", "--indices", "--count", "--split", "--dataset", "--data-dir")
+IMAGES = ("images", "--checkpoint", "--indices", "--split", "--dataset", "--data-dir")
 SHIPPED = HERE / "results" / "laptop-pixels"
 COMMANDS = {    # name: (function, what it draws, flags, their defaults)
     "reconstruct": (run_reconstruct, "masked, reconstruction and original; prints each error",
-                    (*IMAGES, "--seed", "--mask-ratio", "--raw"),
+                    (*IMAGES, "--count", "--seed", "--mask-ratio", "--raw"),
                     dict(checkpoint=SHIPPED, count=12, out=Path("reconstruction.png"))),
-    "ratios": (run_ratios, "reconstructions at mask ratios from 0.5 to 0.95", (*IMAGES, "--seed"),
-               dict(checkpoint=SHIPPED, count=6)),
+    "ratios": (run_ratios, "reconstructions at mask ratios from 0.5 to 0.95",
+               (*IMAGES, "--count", "--seed"), dict(checkpoint=SHIPPED, count=6)),
     "timeline": (run_timeline, "the same images and masks over a run; .png is a sheet, .gif and "
                  ".webp are animations", ("RUN", "--count"), dict(count=6)),
     "curves": (run_curves, "losses, accuracies and learning rates of runs",
                ("logs", "--x", "--log", "--metric"), {}),
     "attention": (run_attention, "where the class token or a patch looks, head by head",
-                  (*IMAGES, "--patch", "--block"), dict(checkpoint=SHIPPED, count=3)),
+                  (*IMAGES, "--count", "--patch", "--block"), dict(checkpoint=SHIPPED, count=3)),
     "embeddings": (run_embeddings, "position embeddings compared, filters of the patch embedding",
                    ("--checkpoint",), dict(checkpoint=SHIPPED)),
     "architecture": (run_architecture, "a batch on its way through the model, with all shapes",
-                     (*(flag for flag in IMAGES if flag != "--count"), "--seed"), dict(count=1)),
+                     (*IMAGES, "--seed"), dict(count=1)),
 }
 
 
