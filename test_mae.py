@@ -4,6 +4,7 @@ In order: the model, the data, the programs, interruption, several processes, ba
 the README. Programs run through their command lines, `run(program, flags)`, on small models and
 files made here; no test needs the network, and only one the real CIFAR-10.
 """
+import argparse
 import contextlib
 import copy
 import csv
@@ -792,6 +793,35 @@ def test_gradients_add_up_to_the_same_step_whatever_the_micro_batch(micro):
     torch.testing.assert_close(loss, loss_of_parts)
     for a, b in zip(whole, parts):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", finetune.RECIPES)
+def test_a_step_makes_nothing_on_another_device(recipe, monkeypatch):
+    """As a GPU would find out; here on the device `meta`, whose tensors have no values."""
+    machine = pretrain.Machine(torch.device("meta"), "fp32", False)
+    monkeypatch.setattr(pretrain.Machine, "autocast", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(data, "seeded_generator", lambda *_: torch.Generator())
+    images, labels = torch.zeros(64, 3, 32, 32, dtype=torch.uint8), torch.zeros(64).long()
+    dataset = data.Dataset("shapes", list(data.SHAPES), images, labels, images, labels)
+    dataset = dataset.to(machine.device)
+
+    def take_step(model, settings, objective, batches) -> None:
+        model.to(machine.device)
+        pretrain.gradient(model, objective, next(batches), 8, machine)
+        for optimizer in pretrain.make_optimizers(model, settings, betas=(0.9, 0.95)):
+            if isinstance(optimizer, pretrain.Muon):        # AdamW, torch's own, refuses meta
+                optimizer.step()
+
+    common = dict(depth=2, decoder_depth=1, seed=0, batch_size=16, num_classes=10, repeat=1)
+    if recipe in pretrain.RECIPES:
+        settings = argparse.Namespace(**{**pretrain.RECIPES[recipe], **common})
+        model = mae.build_model("pretrain", vars(settings))
+        take_step(model, settings, pretrain.masked_loss,
+                  pretrain.epoch_batches(dataset, settings, model.encoder.num_patches, 1))
+    settings = argparse.Namespace(**{**finetune.RECIPES[recipe], **common})
+    model = mae.build_model("classifier", vars(settings))
+    take_step(model, settings, finetune.classify, finetune.epoch_batches(
+        dataset.train_images, dataset.train_labels, settings, model.num_patches, 1))
 
 
 def test_a_seed_fixes_the_run_and_another_seed_changes_it(runs, tiny_pretrain, tmp_path):
