@@ -52,8 +52,8 @@ def is_main_process() -> bool:
 @contextlib.contextmanager
 def exit_on_bad_input():
     """Around a program: bad input, or a file that the system refuses, is one line on standard
-    error and exit status 2, and so is a want of memory; Ctrl-C one line and 130, SIGTERM (see
-    `pretrain.stop_on_sigterm`) 143. Other errors keep their traceback.
+    error and exit status 2, and so is running out of memory; Ctrl-C is one line and 130, SIGTERM
+    (see `pretrain.stop_on_sigterm`) 143. Other errors keep their traceback.
     """
     try:
         yield
@@ -78,7 +78,7 @@ def exit_on_bad_input():
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags in error are bad input like any other: one line."""
+    """Reports wrong flags like any other bad input: one line."""
 
     def error(self, message: str):
         raise BadInput(f"{message}; see {self.prog} --help")
@@ -105,9 +105,10 @@ def number(kind: type, low: float, high: float = math.inf, open_ends: bool = Fal
 
 
 def write_file(path: Path | str, content: bytes | memoryview) -> None:
-    """Write a file whole or not at all: beside its place, to the disk, then renamed into place.
+    """Write a file whole or not at all: to a temporary one beside it, flushed to the disk, then
+    renamed.
 
-    Raises BadInput where it cannot be written; what stood there before then stands there still.
+    Raises BadInput where it cannot be written; an older file of that name is then untouched.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
@@ -226,7 +227,7 @@ class DownloadFailed(BadInput):
 
 @contextlib.contextmanager
 def appearing_whole(folder: Path):
-    """Yield a temporary folder; what is at folder.name in it at the end moves to `folder`."""
+    """Yield a temporary folder; at the end its subfolder `folder.name` is moved to `folder`."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".incomplete-") as temporary:
@@ -427,7 +428,7 @@ def parse_folder(name: str, folder: Path) -> Dataset:
         classes = [line.strip() for line in lines if line.strip()]
     except OSError:
         classes = []
-    if len(classes) != source.num_classes:      # names adorn pictures; numbers do as well
+    if len(classes) != source.num_classes:      # names only label pictures; numbers will do
         classes = [str(label) for label in range(source.num_classes)]
     dataset = Dataset(name, classes, *parse_split(source.train), *parse_split(source.test))
     counts = len(dataset.train_images), len(dataset.test_images)
@@ -481,8 +482,8 @@ def seeded_generator(device: torch.device | str, *numbers: int) -> torch.Generat
 def epoch_order(count: int, batch_size: int, generator: torch.Generator) -> Tensor:
     """Which images make up each batch of an epoch: (steps, batch_size).
 
-    Every image once, in random order, but for the count % batch_size last ones, which wait for
-    the next epoch's order. A set smaller than one batch fills it with repetitions.
+    Every image once, in random order, except the last count % batch_size of that order, which
+    this epoch leaves out. A set smaller than one batch fills it with repetitions.
     """
     steps = max(1, count // batch_size)
     rounds = -(-steps * batch_size // count)
@@ -516,8 +517,8 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4)
 
 def mix(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mixup (Zhang et al. 2017, arXiv 1710.09412) or CutMix (Yun et al. 2019, arXiv 1905.04899),
-    by the toss of a coin: each image is blended with the one before it in the batch, or has a box
-    of that one pasted in; its label likewise, by the share of either.
+    each with probability 1/2: an image is blended with the one before it in the batch, or has a
+    box of that one pasted in; its label is mixed by the share of either.
 
     images uint8 (B, 3, H, W), labels (B, classes), as probabilities -> both mixed, as floats.
     Shares are uniform, Beta(1, 1) in the papers.
@@ -527,15 +528,15 @@ def mix(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Ten
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, device=images.device)
 
-    def within(length: int, half: Tensor) -> Tensor:        # (B, length): so near a random centre
+    def within(length: int, half: Tensor) -> Tensor:        # (B, length): near a random centre
         places = torch.arange(length, device=images.device) + 0.5
         return (places - uniform(B, 1) * length).abs() < half * length
 
     own = uniform(B, 1)                                     # the image's own share
-    half = (1 - own).sqrt() / 2                             # of a box of the rest's area, its side
+    half = (1 - own).sqrt() / 2                             # half the side of a box of 1 - own
     box = within(H, half)[:, :, None] & within(W, half)[:, None, :]     # (B, H, W)
     weight = torch.where(uniform(B, 1, 1) < 0.5, own[:, :, None], 1.0 - box.float())
-    own = weight.mean(dim=(1, 2))[:, None]                  # (B, 1), the box cut off at the edges
+    own = weight.mean(dim=(1, 2))[:, None]                  # (B, 1), exact: edges cut boxes off
     return (torch.lerp(images.roll(1, 0).float(), images.float(), weight[:, None]),
             torch.lerp(labels.roll(1, 0), labels, own))
 

@@ -49,11 +49,11 @@ LINEAR = dict(                      # with --mode linear, over those of the reci
 
 
 def make_parser() -> data.Parser:
-    linear = ", ".join(f"{name} {value}" for name, value in LINEAR.items())
+    linear = " ".join(shared.spell(name, value) for name, value in LINEAR.items())
     parser = data.Parser(
         description="Fine-tune a pre-trained encoder, probe it, or train from scratch. Defaults "
-        "in parentheses, where they depend on the recipe with its name.",
-        epilog=f"With --mode linear, whatever the recipe: {linear}.", allow_abbrev=False)
+        "are in parentheses, per recipe where they differ.",
+        epilog=f"Defaults with --mode linear, whatever the recipe: {linear}.", allow_abbrev=False)
     shared.add_common_flags(parser, RECIPES)
 
     def flag(name: str, text: str, **kwargs) -> None:
@@ -61,13 +61,13 @@ def make_parser() -> data.Parser:
 
     flag("--pool", "what the head reads: the class token, or the mean over the patches",
          choices=["cls", "mean"])
-    flag("--layer-decay", "learning rate of each layer, in parts of that of the layer above",
+    flag("--layer-decay", "learning rate of each layer, as a factor of that of the layer above",
          type=data.number(float, 0, 1), metavar="F")
     flag("--mask-ratio", "part of the patches left out of training images, at least 0",
          type=data.number(float, 0, 1), metavar="R")
     flag("--mix", "mixup or CutMix: each training image, and its label, mixed with another",
          action=argparse.BooleanOptionalAction)
-    flag("--label-smoothing", "part of the probability that all classes share in training",
+    flag("--label-smoothing", "part of a label's probability spread over all classes in training",
          type=data.number(float, 0, 0.9), metavar="S")
     parser.add_argument("--init", help="checkpoint or run folder of pretrain.py; its encoder is "
                         "the start (none: from scratch)", metavar="CHECKPOINT",
@@ -125,9 +125,11 @@ def layers_above(name: str, depth: int) -> int:
 
 
 def classify(model: nn.Module, inputs: Tensor, labels: Tensor, *noise: Tensor):
-    """Images of 0..255 (B, 3, H, W) or features (B, D), labels (B,) or as probabilities
-    (B, classes), where patches are left out noise (B, N) -> the loss, and what to log: the loss
-    and the accuracy in percent, that of the likeliest label."""
+    """The loss, and what to log: the loss, and the accuracy in percent (of the likeliest label).
+
+    inputs: images of 0..255 (B, 3, H, W) or features (B, D); labels: (B,), or as probabilities
+    (B, classes); noise: (B, N), where patches are left out.
+    """
     logits = model(data.scale(inputs) if inputs.ndim == 4 else inputs, *noise).float()
     loss = F.cross_entropy(logits, labels)
     labels = labels if labels.ndim == 1 else labels.argmax(dim=1)
@@ -231,7 +233,7 @@ def evaluate(given: dict, machine: Machine) -> None:
     checkpoint = data.load_checkpoint(given["evaluate"], "classifier")
     settings = argparse.Namespace(**{**checkpoint["settings"], "limit": None, "validation": 0,
                                      **given})
-    vars(settings).pop("images", None)                      # those it learned from
+    vars(settings).pop("images", None)                      # the counts it learned from
     model = shared.build("classifier", settings)
     data.load_weights(model, checkpoint["model"], given["evaluate"])
     dataset = shared.load_data(settings, machine)
@@ -266,7 +268,7 @@ def load_encoder(classifier: mae.ViTClassifier, init: dict, path: str) -> None:
 
 
 def note_pretraining(init: dict, settings: argparse.Namespace) -> None:
-    """Say what may surprise about the encoder."""
+    """Say where the encoder is unfinished or has seen the validation images."""
     learned = init["settings"]
     if init["epoch"] < learned["epochs"]:
         print(f"note: {settings.init} has done {init['epoch']} of its {learned['epochs']} epochs",

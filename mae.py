@@ -65,8 +65,8 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
 
 
 def normalize_patches(patches: Tensor) -> Tensor:
-    """Each patch minus its own mean, over its own deviation (MAE, section 3, "Reconstruction
-    target"): (B, N, 3*p*p) -> the same shape."""
+    """Each patch minus its own mean, divided by its own standard deviation (MAE, section 3,
+    "Reconstruction target"): (B, N, 3*p*p) -> the same shape."""
     mean = patches.mean(dim=-1, keepdim=True)               # (B, N, 1)
     var = patches.var(dim=-1, keepdim=True)                 # (B, N, 1)
     return (patches - mean) / (var + 1e-6).sqrt()
@@ -203,8 +203,8 @@ class PatchEmbed(nn.Module):
 def sine_cosine(N: int, D: int) -> Tensor:
     """Where the position embeddings of N patches start, (N, D): sines and cosines of each patch's
     row, then of its column, at falling frequencies (Vaswani et al. 2017, arXiv 1706.03762,
-    section 3.5; MAE, appendix A.1). Theirs fall by up to 10,000, as for long texts; ours by up to
-    the grid's side, or most would hardly change from patch to patch."""
+    section 3.5; MAE, appendix A.1). Theirs fall from 1 to 1/10,000, for long texts; ours to 1 over
+    the grid's side, for slower waves would hardly change from patch to patch."""
     side, waves = math.isqrt(N), D // 4
     frequencies = side ** (-torch.arange(waves) / max(waves, 1))            # (D/4)
     angles = torch.arange(side)[:, None] * frequencies      # (side, D/4)
@@ -248,10 +248,10 @@ class Encoder(nn.Module):
         return patchify(images, self.patch_size)
 
     def embed(self, patches: Tensor, restore: Tensor | None = None) -> Tensor:
-        """Pixels to tokens that know their place, the class token in front.
+        """Embed patches, add their positions, put the class token in front.
 
-        All patches in image order, (B, N, 3*p*p) -> (B, 1 + N, D), or, where `restore` tells
-        the shuffle, its visible ones, (B, K, 3*p*p) -> (B, 1 + K, D).
+        All patches in image order, (B, N, 3*p*p) -> (B, 1 + N, D), or, given `restore`, the
+        visible ones of that shuffle, (B, K, 3*p*p) -> (B, 1 + K, D).
         """
         B, K, _ = patches.shape
         positions = self.pos_embed                          # (1, N, D)
@@ -262,7 +262,7 @@ class Encoder(nn.Module):
         return torch.cat([self.cls_token.expand(B, -1, -1), tokens], dim=1)
 
     def forward(self, patches: Tensor, restore: Tensor | None = None) -> Tensor:
-        """The codes of the patches behind that of the class token, as `embed` orders them."""
+        """The codes of the class token and then of the patches, in the order of `embed`."""
         tokens = self.embed(patches, restore)               # (B, 1 + K, D)
         for block in self.blocks:
             tokens = block(tokens)
@@ -279,8 +279,8 @@ class Encoder(nn.Module):
 
 
 def initialize(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases, tokens normal with deviation 0.02 (MAE, appendix
-    A.1)."""
+    """Xavier-uniform weights (MAE, appendix A.1) and zero biases; tokens normal with deviation
+    0.02, as in the authors' code."""
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(layer.weight.flatten(1))  # a patch as one row, as in a linear
@@ -367,12 +367,12 @@ class MAEViT(nn.Module):
 class ViTClassifier(Encoder):
     """The encoder on whole images, and a linear head on what it makes of them.
 
-    It takes the encoder's parts over (it does not copy them) under the names that timm's
+    It shares the encoder's modules, without copying, under the names that timm's
     VisionTransformer gives them. pool: the head reads the code of the class token ("cls") or
     the mean over those of the patches ("mean"; MAE, appendix A.1). mask_ratio: the part of the
-    patches that is left out where noise is given, and only there; for training (PatchDropout, Liu
-    et al. 2022, arXiv 2208.07220): it costs less and regularises. Raises ValueError for another
-    pool, fewer than one class, or a mask ratio that leaves no patch.
+    patches that is left out where noise is given, which is in training (PatchDropout, Liu et al.
+    2022, arXiv 2208.07220): it costs less and regularises. Raises ValueError for another pool,
+    fewer than one class, or a mask ratio that leaves no patch.
     """
 
     def __init__(self, encoder: Encoder, num_classes: int = 10, pool: str = "cls",

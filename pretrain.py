@@ -8,7 +8,7 @@ Read from the bottom: `main` is the story. Above it, in the order that it uses t
 
     settings      flags, recipes, what they resolve to
     machine       processes, device, precision, compilation, memory
-    optimisation  MAE, appendix A.1 and A.2: AdamW, linear warm-up, half-cycle cosine; Muon
+    optimisation  MAE, appendix A.1: AdamW, linear warm-up, half-cycle cosine; Muon
     run folder    start, go on, save an epoch
 
 `finetune.py` uses the same pieces. Several processes: `torchrun --nproc-per-node 8 pretrain.py`.
@@ -73,8 +73,8 @@ RECIPES = {
         norm_pix_loss=False, epochs=3, warmup_epochs=0.375, batch_size=64, base_lr=1e-2,
         optimizer="muon", weight_decay=0.05, augment="crop", picture_every=1),
 }
-TEST_IMAGES = 1000      # the first ones: for the test loss, and of them the pictured ones
-PICTURED = 12
+TEST_IMAGES = 1000      # the first ones, for the test loss
+PICTURED = 12           # the first ones of these, for the reconstructions
 BENCHMARK_SECONDS = 15  # at least
 
 
@@ -98,16 +98,17 @@ def add_common_flags(parser: data.Parser, recipes: dict) -> None:
          "(auto)", choices=["auto", *data.SOURCES])
     flag("--data-dir", "folder of the data sets' folders (data)", metavar="DIR")
     flag("--limit", "use the first N training images only (all)", type=positive, metavar="N")
-    flag("--validation", "test on the last N training images, and learn from the others: to choose "
-         "settings by (0: on the test images)", type=data.number(int, 0, 10**6), metavar="N")
+    flag("--validation", "test on the last N training images and train on the others, for choosing "
+         "settings (0: the test images)", type=data.number(int, 0, 10**6), metavar="N")
     flag("--epochs", "passes over the training images", type=positive, metavar="N")
-    flag("--warmup-epochs", "epochs in which the learning rate rises from 0, of those of --epochs",
+    flag("--warmup-epochs", "epochs in which the learning rate rises from 0; where only --epochs "
+         "is given, the same part of them",
          type=data.number(float, 0), metavar="N")
     flag("--batch-size", "images per optimizer step, over all processes", type=positive,
          metavar="N")
     flag("--micro-batch-size", "images at once in one process; their gradients add up to those of "
          "the batch (what fits in memory)", type=positive, metavar="N")
-    flag("--base-lr", "learning rate for a batch of 256; it grows with the batch",
+    flag("--base-lr", "learning rate for a batch of 256; the one used is LR x batch size / 256",
          type=data.number(float, 0, open_ends=True), metavar="LR")
     flag("--optimizer", "muon: orthogonalized steps for the matrices of the blocks, AdamW for the "
          "rest", choices=["adamw", "muon"])
@@ -125,7 +126,8 @@ def add_common_flags(parser: data.Parser, recipes: dict) -> None:
     flag("--precision", "bf16 runs matrix products in bfloat16 (auto: bf16 where the processor "
          "multiplies it in hardware)", choices=["auto", "fp32", "bf16"])
     flag("--compile", "compile the model with torch.compile (auto: on CUDA)", action=switch)
-    flag("--out", "run folder (runs/KIND-DATASET-RECIPE)", metavar="RUN", type=Path)
+    flag("--out", "run folder (runs/KIND-DATASET-RECIPE; KIND is pretrain, finetune, linear or "
+         "scratch)", metavar="RUN", type=Path)
     flag("--resume", "go on with the run in --out, with its own settings", action="store_const",
          const=True)
     flag("--benchmark", "print this machine's speed with these settings and write nothing",
@@ -134,7 +136,7 @@ def add_common_flags(parser: data.Parser, recipes: dict) -> None:
 
 def make_parser() -> data.Parser:
     parser = data.Parser(allow_abbrev=False, description="Pre-train a masked autoencoder. Defaults "
-                         "in parentheses, where they depend on the recipe with its name.")
+                         "are in parentheses, per recipe where they differ.")
     add_common_flags(parser, RECIPES)
     positive = data.number(int, 1, 10**6)
 
@@ -148,7 +150,7 @@ def make_parser() -> data.Parser:
     flag("--decoder-dim", "width of the decoder", type=positive, metavar="D")
     flag("--decoder-depth", "blocks of the decoder", type=positive, metavar="N")
     flag("--decoder-heads", "attention heads of the decoder", type=positive, metavar="N")
-    flag("--picture-every", "draw reconstructions every N epochs, after the first and the last",
+    flag("--picture-every", "draw reconstructions every N epochs, and after the first and the last",
          type=positive, metavar="N")
     return parser
 
@@ -241,7 +243,7 @@ class Machine:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def eager(self):
-        """The model as written, where it is compiled: for batches of odd sizes."""
+        """Run the model as it is written, not as compiled: for batches of other sizes."""
         return (torch.compiler.set_stance("force_eager") if self.compile
                 else contextlib.nullcontext())
 
@@ -318,7 +320,7 @@ def on_machine(given: dict):
     compiled = given.get("compile", name == "cuda" and can_compile)
     keep_freed_memory()
     stop_on_sigterm()
-    if processes > 1:                                       # the main one may download for long
+    if processes > 1:                                       # the main process may download for long
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=1),
                                 device_id=device if name == "cuda" else None)
     yield Machine(device, precision, compiled, rank, local_rank, processes)
@@ -381,8 +383,8 @@ def peak_memory_mb(device: torch.device) -> int:
 
 
 def learning_rate(settings: argparse.Namespace, epoch: float) -> float:
-    """Linear warm-up, then half a cosine to zero (MAE, appendix A.1), at so many epochs, parts of
-    them counted."""
+    """Linear warm-up, then half a cosine to zero (MAE, appendix A.1), after `epoch` epochs, which
+    may be a fraction."""
     peak = settings.base_lr * settings.batch_size / 256     # the linear scaling rule
     if epoch < settings.warmup_epochs:
         return peak * epoch / settings.warmup_epochs
@@ -412,7 +414,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024, kellerjordan.github.io/posts/muon): a matrix
-    learns in all its directions at one speed, not only in the few that rule its gradient.
+    moves equally far in all directions, not only in the few that dominate its gradient.
 
     For the weight matrices inside a network. An orthogonal (r, c) matrix has entries of about
     1 / sqrt(max(r, c)), so a weight moves by about STEP * lr, as far as with AdamW, which Liu et
@@ -439,7 +441,7 @@ class Muon(torch.optim.Optimizer):
                 matrix.sub_(direction, alpha=self.STEP * group["lr"] * max(shape) ** 0.5)
 
     def average(self, matrix: Tensor, momentum: float) -> Tensor:
-        """Of its gradients so far, one step ahead (Nesterov)."""
+        """Nesterov momentum: the running average of its gradients, blended with the latest."""
         if "average" not in self.state[matrix]:
             self.state[matrix]["average"] = torch.zeros_like(matrix)
         average = self.state[matrix]["average"].lerp_(matrix.grad, 1 - momentum)
@@ -468,8 +470,8 @@ def make_optimizers(model: nn.Module, settings: argparse.Namespace, betas: tuple
 
 
 def prepare_model(model: nn.Module, machine: Machine) -> nn.Module:
-    """On its device, compiled where that was asked for; the wrapper that shares gradients, if
-    there are several processes, else the model itself."""
+    """Move the model to its device and compile it where that was asked for; wrapped so that
+    gradients are shared, if there are several processes."""
     model.to(machine.device)
     if machine.compile:
         model.compile()
@@ -500,13 +502,13 @@ def train_epoch(model: nn.Module, objective, batches, steps: int, optimizers, ep
                 micro: int, settings: argparse.Namespace, machine: Machine) -> list[float]:
     """One epoch; the mean of what `objective` logs.
 
-    batches yields global batches. epoch counts from 1. The host never waits for the device but
+    batches yields global batches. epoch counts from 1. The host waits for the device only
     to show progress. Raises BadInput where the loss is not finite.
     """
     model.train()
     logged, shown = [], time.monotonic()
     for step, batch in enumerate(batches):
-        lr = learning_rate(settings, epoch - 1 + (step + 0.5) / steps)   # in its middle
+        lr = learning_rate(settings, epoch - 1 + (step + 0.5) / steps)   # mid-step
         for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
             group["lr"] = lr * group["lr_scale"]
         logged.append(gradient(model, objective, tuple(map(machine.part, batch)), micro, machine))
@@ -651,7 +653,7 @@ def load_run(out: Path, kind: str) -> dict:
                        "without --resume")
     checkpoint = data.load_checkpoint(out / "checkpoint.pt", kind)
     if not isinstance(checkpoint.get("optimizer"), list):
-        raise BadInput(f"{out / 'checkpoint.pt'} holds weights alone and cannot be gone on with")
+        raise BadInput(f"{out / 'checkpoint.pt'} holds weights alone: the run cannot be resumed")
     return checkpoint
 
 
@@ -721,7 +723,7 @@ def restore(optimizers, checkpoint: dict | None) -> list[dict]:
 
 
 def tidy_run(out: Path, epoch: int) -> None:
-    """Take away what a run that was stopped left beyond its last checkpoint."""
+    """Delete what a stopped run wrote after its last checkpoint."""
     (out / "weights.pt").unlink(missing_ok=True)
     for folder in (out, out / "reconstructions"):
         for part in folder.glob(".*.part"):
@@ -734,7 +736,7 @@ def tidy_run(out: Path, epoch: int) -> None:
 
 def log_row(epoch: int, values: dict, lr: float, started: float, trained: float, images: int,
             machine: Machine) -> dict:
-    """A row of log.csv; the last three columns are measured, the others repeat with the seed.
+    """A row of log.csv; the last three columns are measured, the others fixed by the seed.
 
     started, trained: when the epoch began and when its training ended, by time.monotonic().
     Raises BadInput where a loss is not finite.
@@ -908,7 +910,7 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
     if checkpoint:
         data.load_weights(plain, checkpoint["model"], out)
     elif machine.main and not benchmark:
-        check_free(out, "pretrain.py")                      # early, and later behind the lock
+        check_free(out, "pretrain.py")                      # early; again under the lock
     model = prepare_model(plain, machine)
     optimizers = make_optimizers(plain, settings, betas=(0.9, 0.95))
     log = restore(optimizers, checkpoint)

@@ -1565,7 +1565,7 @@ def test_every_command_in_the_readme_works(data_dir, tmp_path, monkeypatch):
 
 def test_the_tables_of_the_results_say_what_the_logs_say():
     text = (HERE / "results" / "README.md").read_text()
-    rows = re.findall(r"^\| `([\w-]+)` \|.* \| (\d+) \| (?:test loss )?([\d.]+)(?: %)? \| \d+ \|",
+    rows = re.findall(r"^\| `(\w[\w-]+)` \|.* \| (\d+) \| (?:test loss )?([\d.]+)(?: %)? \| \d+ \|",
                       text, re.MULTILINE)
     assert {name for name, _, _ in rows} == {path.parent.name for path in
                                              (HERE / "results").glob("*/log.csv")}

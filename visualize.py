@@ -46,7 +46,7 @@ WIDTH, MARGIN, GAP = 1720, 40, 6        # pixels: about twice the width of a REA
 INK, GREY, FAINT, PAPER = (31, 35, 40), (95, 103, 112), (222, 226, 231), (255, 255, 255)
 ORANGE, SLATE = (230, 120, 0), (150, 172, 205)      # class token, mask tokens
 HIDDEN = 195                            # the grey level of a masked patch
-SHARP = 4                               # lines are drawn so many times as large, then reduced
+SHARP = 4                               # times: lines are drawn so much larger, then reduced
 
 
 @functools.lru_cache
@@ -67,7 +67,7 @@ def wrap(text: str, width: float) -> list[str]:
 
 
 class Sheet:
-    """A white page with a title and a caption, right on light and on dark ground.
+    """A white page with a title and a caption, readable on a light and on a dark background.
 
     x and y are pixels from its top left corner; below `top` are `height` pixels for the picture.
     """
@@ -137,7 +137,7 @@ def dashes(points: np.ndarray, on: float = 9, off: float = 7) -> list[np.ndarray
 
 
 HEAT = torch.tensor([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10),
-                     (252, 255, 164)])                      # dark to bright, also without colour
+                     (252, 255, 164)])                      # dark to bright, also in greys
 
 
 def heat(values: Tensor) -> Tensor:
@@ -163,27 +163,27 @@ def draw_grid(rows: list[list[Tensor]], heads: list[str], title: str, caption: s
     """Tiles in rows and columns, as large as the sheet's width allows.
 
     rows: tiles uint8 (3, H, W), all of one size; heads: a text over each column; notes: a text
-    under each tile; apart: columns with a wider gap before them; foot: free pixels at the end.
+    under each tile; apart: columns with a wider gap before them; foot: free pixels at the bottom.
     Returns the sheet, the (x, y) of every tile, and how many times the tiles are enlarged.
     """
     H, W = rows[0][0].shape[-2:]
     gaps = [0 if c == 0 else 5 * GAP if c in apart else GAP for c in range(len(heads))]
     room = (WIDTH - 2 * MARGIN - sum(gaps)) // len(heads)
     enlarge = max(1, min(320, room) // max(H, W))
-    step, pitch = W * enlarge, H * enlarge + (38 if notes else GAP)
+    step, pitch = W * enlarge, H * enlarge + (42 if notes else GAP)
     left = [MARGIN + c * step + sum(gaps[:c + 1]) for c in range(len(heads))]
     width = max(left[-1] + step + MARGIN, 680)
     sheet = Sheet(width, 34 + len(rows) * pitch - GAP + foot, title, caption)
     origins = [[(x, sheet.top + 34 + r * pitch) for x, _ in zip(left, row)]
                for r, row in enumerate(rows)]
     for x, head in zip(left, heads):
-        sheet.text(x + step / 2, sheet.top + 24, head, 22, GREY, "ms", fit=step)
+        sheet.text(x + step / 2, sheet.top + 24, head, 24, GREY, "ms", fit=step)
     for r, row in enumerate(rows):
         for c, tile in enumerate(row):
             x, y = origins[r][c]
             sheet.tile(x, y, tile, enlarge)
             if notes:
-                sheet.text(x + step / 2, y + H * enlarge + 22, notes[r][c], 20, GREY, "ms", step)
+                sheet.text(x + step / 2, y + H * enlarge + 24, notes[r][c], 24, GREY, "ms", step)
     return sheet, origins, enlarge
 
 
@@ -290,7 +290,7 @@ def percent(ratio: float) -> str:
 
 
 def draw_ratios(model: mae.MAEViT, images: Tensor, noise: Tensor, caption: str,
-                ratios=(0.5, 0.65, 0.75, 0.85, 0.95)) -> Image.Image:
+                ratios=(0.5, 0.75, 0.85, 0.95)) -> Image.Image:
     """One image a row, more and more of it hidden (MAE, figure 4).
 
     images uint8 (B, 3, H, W), noise (B, N): what is hidden at one ratio is hidden at all higher
@@ -302,7 +302,8 @@ def draw_ratios(model: mae.MAEViT, images: Tensor, noise: Tensor, caption: str,
                                                             mask_ratio=ratio))):
             rows[i] += tiles[:2]
             notes[i] += ["", f"error {error:.4f}"]
-    heads = ["original"] + sum([[f"{percent(ratio)} masked", "filled in"] for ratio in ratios], [])
+    heads = ["original", *(head for ratio in ratios
+                           for head in (f"{percent(ratio)} masked", "reconstruction"))]
     caption += f" · pre-trained with mask ratio {percent(model.shuffle.mask_ratio)}"
     if model.norm_pix_loss:
         caption += NORMALIZED
@@ -384,7 +385,7 @@ METRICS = {     # name: (axis title, column of the training set or the only one,
 }
 USUAL = ("loss", "cross-entropy", "accuracy", "lr")
 COLORS = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233),
-          (230, 159, 0), (0, 0, 0), (150, 150, 150)]    # Okabe and Ito's: for all eyes
+          (230, 159, 0), (0, 0, 0), (150, 150, 150)]    # Okabe and Ito's, safe for the colour-blind
 
 
 def round_ticks(low: float, high: float, count: int = 6) -> list[float]:
@@ -406,23 +407,33 @@ def log_ticks(low: float, high: float) -> list[float]:
     return round_ticks(low, high)
 
 
+def tick_labels(ticks: list[float], log: bool) -> list[str]:
+    """Short numbers; on a linear axis with equally many decimals."""
+    labels = [f"{tick:g}" for tick in ticks]
+    if log or "e" in "".join(labels):
+        return labels
+    decimals = max(len(label.partition(".")[2]) for label in labels)
+    return [f"{tick:.{decimals}f}" for tick in ticks]
+
+
 def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title: str, lines,
                log: bool) -> None:
     """Axes and curves in the box (left, top, right, bottom).
 
     lines: (xs (n,), ys (n,), color, dashed), NaN where there is nothing to draw.
     """
-    left, top, right, bottom = box[0] + 96, box[1] + 44, box[2] - 16, box[3] - 76
+    left, top, right, bottom = box[0] + 96, box[1] + 44, box[2] - 16, box[3] - 80
     every_x = np.concatenate([xs for xs, _, _, _ in lines])
     every_y = np.concatenate([ys[np.isfinite(ys)] for _, ys, _, _ in lines])
     sheet.text(left, box[1] + 32, title, anchor="ls", fit=right - left)
-    sheet.text((left + right) / 2, bottom + 44, x_title, 22, GREY, "ma")
+    sheet.text((left + right) / 2, bottom + 46, x_title, 24, GREY, "ma")
     sheet.draw.line([(left, top), (left, bottom), (right, bottom)], GREY, 2)
     if not len(every_y):
         sheet.text((left + right) / 2, (top + bottom) / 2, "no finite value", 24, GREY, "mm")
         return
     bend = np.log10 if log else np.asarray
-    x0, x1 = min(0, every_x.min()), max(every_x.max(), 1e-9)
+    x1 = max(every_x.max(), 1e-9)
+    x0 = min(every_x.min(), x1 - 1) if x_title == "epoch" else 0    # a lone epoch stands at the end
     y0, y1 = bend(every_y.min()), bend(every_y.max())
     pad = max(0.05 * (y1 - y0), 0.01 * max(abs(y0), abs(y1))) or 0.05
     y0, y1 = y0 - pad, y1 + pad
@@ -433,15 +444,16 @@ def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title
         return np.stack([left + (xs - x0) / (x1 - x0) * (right - left),
                          bottom - (bend(ys) - y0) / (y1 - y0) * (bottom - top)], axis=-1)
 
-    for tick in log_ticks(10 ** y0, 10 ** y1) if log else round_ticks(y0, y1):
+    ticks = log_ticks(10 ** y0, 10 ** y1) if log else round_ticks(y0, y1)
+    for tick, label in zip(ticks, tick_labels(ticks, log)):
         y = round(place(x0, tick)[1])
         sheet.draw.line([(left + 2, y), (right, y)], FAINT)
-        sheet.text(left - 10, y, f"{tick:g}", 22, GREY, "rm")
+        sheet.text(left - 10, y, label, 24, GREY, "rm")
     for tick in round_ticks(x0, x1):
         if x_title != "epoch" or tick == int(tick):
             x = round(place(tick, every_y[0])[0])
             sheet.draw.line([(x, bottom), (x, bottom + 6)], GREY, 2)
-            sheet.text(x, bottom + 12, f"{tick:g}", 22, GREY, "ma")
+            sheet.text(x, bottom + 12, f"{tick:g}", 24, GREY, "ma")
     for xs, ys, color, dashed in lines:
         there = np.isfinite(ys)
         for drawn, part in itertools.groupby(range(len(xs)), key=there.__getitem__):
@@ -556,9 +568,9 @@ def draw_embeddings(model: nn.Module, caption: str) -> Image.Image:
     """Each position's embedding compared with all others, and the filters that embed a patch.
 
     ViT, figure 7: the map at row i, column j shows the cosine similarity of the position
-    embedding of patch (i, j) with those of all patches, their mean taken away, for what all share
-    places nothing. A filter is the weights of one of the D outputs for the pixels of a patch, grey
-    for zero, brightened by its largest weight; longest first.
+    embedding of patch (i, j) with those of all patches, after subtracting their mean, which says
+    nothing about position. A filter is the weights of one of the D outputs for the pixels of a
+    patch, grey for zero, scaled by its largest weight; the largest norm comes first.
     """
     encoder = encoder_of(model)
     side = encoder.image_size // encoder.patch_size
@@ -571,14 +583,13 @@ def draw_embeddings(model: nn.Module, caption: str) -> Image.Image:
         embedding = embedding - embedding.mean(dim=0)
         alike = F.normalize(embedding, dim=1) @ F.normalize(embedding, dim=1).T     # (N, N)
         maps.append(mosaic(heat((alike.view(-1, side, side) + 1) / 2), side,
-                           max(1, (half // side - 2) // side), 2))
+                           max(1, (half // side - 6) // side), 6))
     filters = encoder.patch_embed.proj.weight               # (D, 3, p, p)
     filters = filters[filters.flatten(1).norm(dim=1).argsort(descending=True)]
     peak = filters.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-9)
-    enlarge = max(1, 30 // encoder.patch_size)
-    most = (WIDTH - 2 * MARGIN) // (encoder.patch_size * enlarge + 5)
-    columns = math.ceil(encoder.dim / math.ceil(encoder.dim / most))    # rows of about one length
-    filters = mosaic(data.unscale(filters / peak), columns, enlarge, 5)
+    columns = min(48, math.ceil(encoder.dim / 4))           # four rows, more where it is wide
+    enlarge = max(1, ((WIDTH - 2 * MARGIN) // columns - 6) // encoder.patch_size)
+    filters = mosaic(data.unscale(filters / peak), columns, enlarge, 6)
     size = maps[0].shape[-1]
     sheet = Sheet(WIDTH, 40 + size + 64 + 60 + filters.shape[1],
                   "Position embeddings and patch filters", caption)
@@ -587,9 +598,9 @@ def draw_embeddings(model: nn.Module, caption: str) -> Image.Image:
         sheet.text(x, sheet.top + 2, f"position embeddings of the {name}")
         sheet.tile(x, sheet.top + 40, picture)
     y = sheet.top + 40 + size + 18
-    sheet.color_bar(y, "-1", "1", "cosine similarity of the patch at each map's place with all, "
-                    "less their mean")
-    sheet.text(MARGIN, y + 58, f"the {encoder.dim} filters of the patch embedding, longest first")
+    sheet.color_bar(y, "-1", "1", "cosine similarity of one position's embedding with all others, "
+                    "their mean subtracted")
+    sheet.text(MARGIN, y + 58, f"{encoder.dim} filters of the patch embedding, largest norm first")
     sheet.tile(MARGIN, y + 96, filters)
     return sheet.image
 
@@ -609,14 +620,15 @@ def draw_flow(stages: list[tuple], arrows: list[tuple[str, str]], title: str,
               caption: str) -> Image.Image:
     """Stages, four in a row, and what goes from each to the next.
 
-    stages: (name, picture uint8 (3, h, w) or the lines in a box, note); arrows: (shape, action).
+    stages: (name, picture uint8 (3, h, w) or the lines in a box, note); arrows: (shape of what
+    leaves the stage, action).
     """
     step, pitch = (WIDTH - 2 * MARGIN - STAGE) // 3, STAGE + 172
     sheet = Sheet(WIDTH, -(-len(stages) // 4) * pitch - 96, title, caption)
     corners = [(MARGIN + i % 4 * step, sheet.top + 36 + i // 4 * pitch) for i in range(len(stages))]
     for (name, content, note), (x, y) in zip(stages, corners):
         sheet.text(x + STAGE / 2, y - 12, name, anchor="ms")
-        sheet.text(x + STAGE / 2, y + STAGE + 28, note, 22, GREY, "ms", fit=STAGE + 40)
+        sheet.text(x + STAGE / 2, y + STAGE + 30, note, 24, GREY, "ms", fit=STAGE + 60)
         if isinstance(content, Tensor):
             _, h, w = content.shape
             sheet.tile(x + (STAGE - w) // 2, y + (STAGE - h) // 2, content)
@@ -637,7 +649,7 @@ def draw_flow(stages: list[tuple], arrows: list[tuple[str, str]], title: str,
         sheet.arrow(points)
         middle = (points[0][0] + points[-1][0]) / 2
         sheet.text(middle, y - 14, shape, 24, anchor="ms", fit=fit)
-        sheet.text(middle, y + 32, action, 22, GREY, "ms", fit=fit)
+        sheet.text(middle, y + 34, action, 24, GREY, "ms", fit=fit)
     return sheet.image
 
 
@@ -690,27 +702,27 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
         ("patches", cells(cut(patches), side), f"{N} of {p} x {p} pixels"),
         ("mask", cells(masked, side), f"{hidden} of {N} hidden"),
         ("visible patches", cells(cut(visible), across), f"{K}, in shuffled order"),
-        ("tokens", with_class(means[noise[0].argsort()[:K]], across), "orange: the class token"),
+        ("tokens", with_class(means[noise[0].argsort()[:K]], across), "orange: class token"),
         ("encoder", [blocks(encoder), f"{encoder.dim} wide",
                      f"{encoder.blocks[0].attn.heads} heads", "LayerNorm"], parameters(encoder)),
-        ("all places", with_class(unshuffled, side), f"blue: {hidden} mask tokens"),
+        ("all positions", with_class(unshuffled, side), f"blue: {hidden} mask tokens"),
         ("decoder", [blocks(decoder), f"{decoder.pos_embed.shape[-1]} wide",
                      f"{decoder.blocks[0].attn.heads} heads", "linear head"], parameters(decoder)),
         ("prediction", cells(cut(to_pixels(model, patches, pred)), side),
-         "not learned where visible"),
+         "visible: no loss"),
         ("original", cells(cut(patches), side),
          "each patch normalised" if model.norm_pix_loss else "every patch"),
-        ("squared error", cells(errors, side), "visible patches do not count"),
+        ("error per patch", cells(errors, side), "grey: visible, no loss"),
         ("loss", [f"{float((error * mask).sum() / mask.sum()):.4f}"],
-         f"over {hidden} masked patches"),
+         f"over {hidden} patches"),
     ]
     arrows = [
-        (batch(images), "cut up"), (batch(patches), "shuffle, mark"),
+        (batch(images), "cut up"), (batch(patches), "shuffle, mask"),
         (batch(patches), f"keep the first {K}"),
         (batch(visible), "embed, add positions, class token in front"), (batch(tokens), ""),
-        (batch(latent), "embed, fill, unshuffle"), (whole, "add positions"),
+        (batch(latent), "project, fill, unshuffle"), (whole, "add positions"),
         (batch(pred), "the class token is dropped before the head"), (batch(pred), "compare with"),
-        (batch(error), "subtract, square, mean"), ("()", "mean of the masked"),
+        (batch(pred), "subtract, square"), (batch(error), "mean over masked"),
     ]
     caption += NORMALIZED if model.norm_pix_loss else ""
     return draw_flow(stages, arrows, "A masked autoencoder, step by step", caption)
@@ -985,7 +997,7 @@ FLAGS = {
 IMAGES = ("images", "--checkpoint", "--indices", "--split", "--dataset", "--data-dir")
 SHIPPED = HERE / "results" / "laptop-pixels"
 COMMANDS = {    # name: (function, what it draws, flags, their defaults)
-    "reconstruct": (run_reconstruct, "masked, reconstruction and original; prints each error",
+    "reconstruct": (run_reconstruct, "masked images, their reconstructions and the originals",
                     (*IMAGES, "--count", "--seed", "--mask-ratio", "--raw"),
                     dict(checkpoint=SHIPPED, count=12, out=Path("reconstruction.png"))),
     "ratios": (run_ratios, "reconstructions at mask ratios from 0.5 to 0.95",
