@@ -330,12 +330,14 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
         return epoch_batches(train_inputs, dataset.train_labels, settings, classifier.num_patches,
                              epoch)
 
+    pace = shared.Pace()
+
     def save() -> None:
         more = {}
         if settings.mode == "linear":
             fold_probe(plain, classifier.head)
             more = {"probe": plain.state_dict()}
-        shared.save_epoch(out, "classifier", settings, classifier, optimizers, log, **more)
+        shared.save_epoch(out, "classifier", settings, classifier, optimizers, log, pace, **more)
 
     if benchmark:
         return shared.run_benchmark(model, classify, batches, optimizers, micro, settings, machine)
@@ -347,16 +349,18 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
     with shared.run_folder(out, "finetune.py", checkpoint is not None, machine):
         if machine.main:
             shared.begin_run(out, save, log, settings, machine, micro)
+        started = time.monotonic()
         for epoch in range(len(log) + 1, settings.epochs + 1):
-            started = time.monotonic()
+            begun = time.monotonic()
             train_loss, train_accuracy = shared.train_epoch(
                 model, classify, batches(epoch), steps, optimizers, epoch, micro, settings, machine)
-            trained = time.monotonic()
+            speed = images / (time.monotonic() - begun)
             test_loss, test_accuracy = test(plain, test_inputs, dataset.test_labels, machine)
             values = {"train_loss": train_loss, "train_accuracy": train_accuracy,
                       "test_loss": test_loss, "test_accuracy": test_accuracy}
-            log.append(shared.log_row(epoch, values, shared.learning_rate(settings, epoch), started,
-                                      trained, images, machine))
+            log.append(shared.log_row(epoch, values, shared.learning_rate(settings, epoch),
+                                      time.monotonic() - started, speed, machine))
+            started = time.monotonic()
             if not machine.main:
                 continue
             save()

@@ -18,6 +18,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import importlib.util
 import io
 import itertools
 import json
@@ -76,6 +77,7 @@ RECIPES = {
 TEST_IMAGES = 1000      # the first ones, for the test loss
 PICTURED = 12           # the first ones of these, for the reconstructions
 BENCHMARK_SECONDS = 15  # at least
+FREE_SECONDS = 0.1      # a checkpoint that takes no longer is written after every epoch
 
 
 def add_flag(parser: data.Parser, recipes: dict, flag: str, text: str, **kwargs) -> None:
@@ -275,6 +277,20 @@ def multiplies_bf16(device: str) -> bool:
     return False
 
 
+def missing_to_compile(device: str) -> str:
+    """What torch.compile would look for in vain: a compiler, Python's headers, Triton; or ""."""
+    if device == "cuda":                                    # see triton.runtime.build
+        variable, usual = "CC", ["gcc", "clang"]
+    else:                                                   # see torch._inductor.config.cpp.cxx
+        variable, usual = "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
+    compilers = [os.environ[variable]] if variable in os.environ else usual
+    if not any(map(shutil.which, compilers)):
+        return f"a compiler ({' or '.join(compilers)})"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python.h"
+    return "triton" if device == "cuda" and not importlib.util.find_spec("triton") else ""
+
+
 @contextlib.contextmanager
 def on_machine(given: dict):
     """Find the device, join the other processes where torchrun started several; yield a Machine.
@@ -308,18 +324,16 @@ def on_machine(given: dict):
     device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
     if name == "cuda":
         torch.cuda.set_device(device)
-    compilers = ("cc", "gcc", "clang") if name == "cuda" else ("g++", "clang++")
-    can_compile = (any(map(shutil.which, compilers))
-                   and Path(sysconfig.get_path("include"), "Python.h").exists())
-    if given.get("compile") and not can_compile:
-        raise BadInput(f"--compile needs a compiler ({' or '.join(compilers)}) and Python.h: "
-                       "install them, or leave the flag out")
-    if name == "cuda" and not can_compile and rank == 0:
-        print("note: no C compiler is here, or no Python.h, so the model is not compiled, which "
-              "costs speed", file=sys.stderr)
-    compiled = given.get("compile", name == "cuda" and can_compile)
+    missing = missing_to_compile(name)
+    if given.get("compile") and missing:
+        raise BadInput(f"--compile needs {missing}: install it, or leave the flag out")
+    if name == "cuda" and missing and "compile" not in given and rank == 0:
+        print(f"note: without {missing} the model is not compiled, which costs speed",
+              file=sys.stderr)
+    compiled = given.get("compile", name == "cuda" and not missing)
     keep_freed_memory()
-    stop_on_sigterm()
+    if rank == 0:                                           # the others have nothing to say
+        stop_on_sigterm()
     if processes > 1:                                       # the main process may download for long
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=1),
                                 device_id=device if name == "cuda" else None)
@@ -525,12 +539,12 @@ def train_epoch(model: nn.Module, objective, batches, steps: int, optimizers, ep
         step = int(finite.long().argmin())                  # the first that is not
         lr = learning_rate(settings, epoch - 1 + (step + 0.5) / steps)
         raise BadInput(f"the loss is no longer finite in epoch {epoch}, step {step + 1}, at "
-                       f"learning rate {lr:.3g}; {DIVERGED.format(epoch - 1)}")
+                       f"learning rate {lr:.3g}; {DIVERGED}")
     return logged.mean(dim=0).tolist()
 
 
-DIVERGED = ("the checkpoint of epoch {} is kept: lower --base-lr or lengthen --warmup-epochs in a "
-            "new run")
+DIVERGED = ("the last checkpoint is kept: lower --base-lr or lengthen --warmup-epochs in a new "
+            "run")
 
 
 def progress_is_due(shown: float) -> bool:
@@ -674,7 +688,7 @@ def write_config(out: Path, settings: argparse.Namespace, machine: Machine, micr
 
 
 def write_log(out: Path, log: list[dict]) -> None:
-    """log.csv, whole: the checkpoint holds the rows too, so that the two never disagree."""
+    """log.csv, whole. The checkpoint holds the rows too: a resumed run takes them from there."""
     if log:
         text = io.StringIO()
         writer = csv.DictWriter(text, log[0].keys(), lineterminator="\n")
@@ -683,18 +697,37 @@ def write_log(out: Path, log: list[dict]) -> None:
         data.write_file(out / "log.csv", text.getvalue().encode())
 
 
+@dataclass
+class Pace:
+    """How often checkpoints are written: after every epoch, but where epochs are short and
+    checkpoints long only so often that these take about a twentieth of the time."""
+    seconds: float = 0.0        # that the last one took
+    end: float = -math.inf      # of the last one, by time.monotonic()
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self.end >= 20 * (self.seconds - FREE_SECONDS)
+
+    @contextlib.contextmanager
+    def timed(self):
+        start = time.monotonic()
+        yield
+        self.end = time.monotonic()
+        self.seconds = self.end - start
+
+
 def save_epoch(out: Path, kind: str, settings: argparse.Namespace, model: nn.Module, optimizers,
-               log: list[dict], **more) -> None:
-    """The checkpoint after as many epochs as the log has rows, and the log; after the last epoch
-    also the weights alone, in half precision, to keep and share."""
+               log: list[dict], pace: Pace, **more) -> None:
+    """The log and, where it is due, the checkpoint after as many epochs as the log has rows;
+    after the last epoch also the weights alone, in half precision, to keep and share."""
     if log and not (out / "config.json").exists():
         raise BadInput(f"{out} was deleted or emptied while its run went on: start another one")
     common = dict(kind=kind, settings=vars(settings), epoch=len(log), log=log)
     state = model.state_dict()
-    data.save_checkpoint(out / "checkpoint.pt",
-                         dict(common, model=state,
-                              optimizer=[optimizer.state_dict() for optimizer in optimizers],
-                              **more))
+    if pace.is_due() or len(log) == settings.epochs:
+        with pace.timed():
+            optimizer = [optimizer.state_dict() for optimizer in optimizers]
+            data.save_checkpoint(out / "checkpoint.pt",
+                                 dict(common, model=state, optimizer=optimizer, **more))
     write_log(out, log)
     if len(log) == settings.epochs:
         half = {name: value.half() for name, value in state.items()}
@@ -734,19 +767,18 @@ def tidy_run(out: Path, epoch: int) -> None:
             picture.unlink(missing_ok=True)
 
 
-def log_row(epoch: int, values: dict, lr: float, started: float, trained: float, images: int,
+def log_row(epoch: int, values: dict, lr: float, seconds: float, images_per_second: float,
             machine: Machine) -> dict:
     """A row of log.csv; the last three columns are measured, the others fixed by the seed.
 
-    started, trained: when the epoch began and when its training ended, by time.monotonic().
-    Raises BadInput where a loss is not finite.
+    seconds: since the row before, images_per_second: in training alone. Raises BadInput where a
+    loss is not finite.
     """
     if not all(map(math.isfinite, values.values())):
-        raise BadInput(f"the test loss is not finite after epoch {epoch}; "
-                       f"{DIVERGED.format(epoch - 1)}")
+        raise BadInput(f"the test loss is not finite after epoch {epoch}; {DIVERGED}")
     return {"epoch": epoch, **{name: float(f"{value:.7g}") for name, value in values.items()},
-            "lr": float(f"{lr:.7g}"), "seconds": round(time.monotonic() - started, 2),
-            "images_per_second": round(images / (trained - started), 1),
+            "lr": float(f"{lr:.7g}"), "seconds": round(seconds, 2),
+            "images_per_second": round(images_per_second, 1),
             "peak_memory_mb": peak_memory_mb(machine.device)}
 
 
@@ -918,8 +950,10 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
     def batches(epoch: int):
         return epoch_batches(dataset, settings, num_patches, epoch)
 
+    pace = Pace()
+
     def save() -> None:
-        save_epoch(out, "pretrain", settings, plain, optimizers, log)
+        save_epoch(out, "pretrain", settings, plain, optimizers, log, pace)
 
     steps = max(1, len(dataset.train_images) // settings.batch_size)
     images = steps * settings.batch_size
@@ -938,14 +972,16 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
     with run_folder(out, "pretrain.py", checkpoint is not None, machine):
         if machine.main:
             begin_run(out, save, log, settings, machine, micro)
+        started = time.monotonic()
         for epoch in range(len(log) + 1, settings.epochs + 1):
-            started = time.monotonic()
+            begun = time.monotonic()
             loss, = train_epoch(model, masked_loss, batches(epoch), steps, optimizers, epoch,
                                 micro, settings, machine)
-            trained = time.monotonic()
+            speed = images / (time.monotonic() - begun)
             values = {"loss": loss, "test_loss": test_loss(plain, test_images, noise, machine)}
-            log.append(log_row(epoch, values, learning_rate(settings, epoch), started, trained,
-                               images, machine))
+            log.append(log_row(epoch, values, learning_rate(settings, epoch),
+                               time.monotonic() - started, speed, machine))
+            started = time.monotonic()
             if not machine.main:
                 continue
             if epoch % settings.picture_every == 0 or epoch in (1, settings.epochs):

@@ -897,6 +897,7 @@ def test_a_run_stopped_after_an_epoch_ends_bit_for_bit_where_the_unbroken_one_do
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(data, "save_checkpoint", save_then_stop)
+    monkeypatch.setattr(pretrain, "FREE_SECONDS", math.inf)     # also where the disk is slow
     flags = tiny_pretrain if program is pretrain else [*small, "--init", runs["pretrain"]]
     flags = [*flags, *MORE[kind]]
     status, _, err = run(program, *flags, "--epochs", epochs, "--out", out)
@@ -913,6 +914,38 @@ def test_a_run_stopped_after_an_epoch_ends_bit_for_bit_where_the_unbroken_one_do
     assert_same_run(out, runs[kind])
     assert "done" in succeed(program, "--out", out, "--resume")     # nothing is left to do
     assert_same_run(out, runs[kind])
+
+
+def test_where_checkpoints_cost_much_there_are_few_and_nothing_else_changes(
+        runs, tiny_pretrain, tmp_path, monkeypatch):
+    out, write_log = tmp_path / "pretrain", pretrain.write_log
+
+    def write_two_then_stop(out, log):
+        write_log(out, log)
+        if len(log) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "FREE_SECONDS", -1000)    # after the last epoch only
+    monkeypatch.setattr(pretrain, "write_log", write_two_then_stop)
+    status, _, _ = run(pretrain, *tiny_pretrain, "--epochs", 3, "--out", out)
+    assert status == 130 and len(read_log(out)) == 2
+    assert data.load_checkpoint(out)["epoch"] == 0
+    monkeypatch.setattr(pretrain, "write_log", write_log)
+    succeed(pretrain, "--out", out, "--resume")
+    assert_same_run(out, runs["pretrain"])
+
+
+def test_checkpoints_take_a_twentieth_of_the_time_where_they_are_not_short(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    pace = pretrain.Pace()
+    assert pace.is_due()
+    for seconds, wait in ((0.01, 0), (0.09, 0), (0.5, 8), (5, 98)):
+        with pace.timed():
+            now += seconds
+        assert pace.is_due() == (wait == 0)
+        now += wait + 0.01
+        assert pace.is_due()
 
 
 def test_a_run_killed_at_many_random_moments_ends_where_the_unbroken_one_does(
@@ -1139,6 +1172,13 @@ def test_a_device_that_is_not_there(tmp_path, monkeypatch, small):
     monkeypatch.setattr(pretrain, "multiplies_bf16", lambda device: False)
     assert_bad_input(tmp_path, "--precision bf16: this cuda device cannot", pretrain, *small,
                      "--device", "cuda", "--precision", "bf16")
+
+
+def test_a_compiler_that_is_not_there(tmp_path, monkeypatch, small):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert_bad_input(tmp_path, "--compile needs a compiler (no-such-compiler)", pretrain, *small,
+                     "--compile")
 
 
 def replace_first(content: bytes):

@@ -470,8 +470,8 @@ def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False
     """Curves of one or many runs, a panel a metric (keys of METRICS; the USUAL ones by default).
 
     runs: for each label in the legend the rows of log.csv as dicts of numbers; what a run's rows
-    lack is left out, what is not finite is a gap. x: "epoch" or "time" of training and testing,
-    summed up. log: logarithmic axes, but for accuracy; what is not positive is then a gap. Raises
+    lack is left out, what is not finite is a gap. x: "epoch" or "time", the rows' seconds summed
+    up. log: logarithmic axes, but for accuracy; what is not positive is then a gap. Raises
     BadInput where there is nothing to draw.
     """
     shown = [name for name in metrics or USUAL
@@ -984,7 +984,7 @@ FLAGS = {
     "--raw": dict(action="store_true", help="show the bare prediction, without the visible patches "
                   "pasted back"),
     "--x": dict(choices=["epoch", "time"], default="epoch", help="horizontal axis: epochs, or the "
-                "time that training and testing took (%(default)s)"),
+                "time that they took (%(default)s)"),
     "--log": dict(action="store_true", help="logarithmic vertical axes, but for accuracy"),
     "--metric": dict(action="append", choices=list(METRICS), dest="metrics", help="what to draw; "
                      f"may be repeated ({', '.join(USUAL)})"),
