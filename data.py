@@ -65,8 +65,8 @@ def exit_on_bad_input():
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:                           # on a GPU from torch, CUDA or cuBLAS
-        signs = ("out of memory", "t allocate memory", "ALLOC_FAILED")
+    except RuntimeError as error:                           # of torch, the system, CUDA, cuBLAS
+        signs = ("out of memory", "t allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
         if not any(sign in str(error) for sign in signs):
             raise
         print("error: out of memory: lower --micro-batch-size, or the sizes of model or batch",

@@ -53,7 +53,7 @@ def make_parser() -> data.Parser:
     parser = data.Parser(
         description="Fine-tune a pre-trained encoder, probe it, or train from scratch. Defaults "
         "are in parentheses, per recipe where they differ.",
-        epilog=f"Defaults with --mode linear, whatever the recipe: {linear}.", allow_abbrev=False)
+        epilog=f"Defaults with --mode linear, whatever the recipe: {linear}", allow_abbrev=False)
     shared.add_common_flags(parser, RECIPES)
 
     def flag(name: str, text: str, **kwargs) -> None:
@@ -304,13 +304,13 @@ def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict |
     if checkpoint:
         data.load_weights(classifier, checkpoint["model"], out)
     elif machine.main and not benchmark:
-        shared.check_free(out, "finetune.py")               # early, and later behind the lock
+        shared.check_free(out, "finetune.py")               # early; again under the lock
 
     steps = max(1, len(dataset.train_images) * settings.repeat // settings.batch_size)
     images = steps * settings.batch_size
     if machine.main:
         shared.describe_run(settings, machine, dataset, steps, micro, classifier,
-                            None if benchmark else out)
+                            None if benchmark else out, checkpoint["epoch"] if checkpoint else 0)
         print(f"start      {settings.init or 'from scratch'}, mode {settings.mode}", flush=True)
     plain, train_inputs, test_inputs = classifier, dataset.train_images, dataset.test_images
     if settings.mode == "linear":

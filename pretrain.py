@@ -77,7 +77,7 @@ RECIPES = {
 TEST_IMAGES = 1000      # the first ones, for the test loss
 PICTURED = 12           # the first ones of these, for the reconstructions
 BENCHMARK_SECONDS = 15  # at least
-FREE_SECONDS = 0.1      # a checkpoint that takes no longer is written after every epoch
+FREE_SECONDS = 0.1      # a checkpoint written in this time is written after every epoch
 
 
 def add_flag(parser: data.Parser, recipes: dict, flag: str, text: str, **kwargs) -> None:
@@ -103,8 +103,8 @@ def add_common_flags(parser: data.Parser, recipes: dict) -> None:
     flag("--validation", "test on the last N training images and train on the others, for choosing "
          "settings (0: the test images)", type=data.number(int, 0, 10**6), metavar="N")
     flag("--epochs", "passes over the training images", type=positive, metavar="N")
-    flag("--warmup-epochs", "epochs in which the learning rate rises from 0; where only --epochs "
-         "is given, the same part of them",
+    flag("--warmup-epochs", "epochs in which the learning rate rises from 0; if not given, "
+         "scaled with --epochs",
          type=data.number(float, 0), metavar="N")
     flag("--batch-size", "images per optimizer step, over all processes", type=positive,
          metavar="N")
@@ -128,8 +128,8 @@ def add_common_flags(parser: data.Parser, recipes: dict) -> None:
     flag("--precision", "bf16 runs matrix products in bfloat16 (auto: bf16 where the processor "
          "multiplies it in hardware)", choices=["auto", "fp32", "bf16"])
     flag("--compile", "compile the model with torch.compile (auto: on CUDA)", action=switch)
-    flag("--out", "run folder (runs/KIND-DATASET-RECIPE; KIND is pretrain, finetune, linear or "
-         "scratch)", metavar="RUN", type=Path)
+    flag("--out", "run folder (runs/KIND-DATASET-RECIPE; the program prints which)",
+         metavar="RUN", type=Path)
     flag("--resume", "go on with the run in --out, with its own settings", action="store_const",
          const=True)
     flag("--benchmark", "print this machine's speed with these settings and write nothing",
@@ -283,11 +283,11 @@ def missing_to_compile(device: str) -> str:
         variable, usual = "CC", ["gcc", "clang"]
     else:                                                   # see torch._inductor.config.cpp.cxx
         variable, usual = "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
-    compilers = [os.environ[variable]] if variable in os.environ else usual
+    compilers = [os.environ[variable]] if os.environ.get(variable) else usual
     if not any(map(shutil.which, compilers)):
         return f"a compiler ({' or '.join(compilers)})"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return "Python.h"
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
+        return "Python.h (a package like python3-dev)"
     return "triton" if device == "cuda" and not importlib.util.find_spec("triton") else ""
 
 
@@ -332,7 +332,7 @@ def on_machine(given: dict):
               file=sys.stderr)
     compiled = given.get("compile", name == "cuda" and not missing)
     keep_freed_memory()
-    if rank == 0:                                           # the others have nothing to say
+    if local_rank == 0:         # it may be downloading or writing; the others can die at once
         stop_on_sigterm()
     if processes > 1:                                       # the main process may download for long
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=1),
@@ -699,13 +699,14 @@ def write_log(out: Path, log: list[dict]) -> None:
 
 @dataclass
 class Pace:
-    """How often checkpoints are written: after every epoch, but where epochs are short and
-    checkpoints long only so often that these take about a twentieth of the time."""
+    """When a checkpoint is due: after every epoch; but if writing one takes more than
+    FREE_SECONDS, not before 20 times as long have passed since the last."""
     seconds: float = 0.0        # that the last one took
     end: float = -math.inf      # of the last one, by time.monotonic()
 
     def is_due(self) -> bool:
-        return time.monotonic() - self.end >= 20 * (self.seconds - FREE_SECONDS)
+        wait = 20 * self.seconds if self.seconds > FREE_SECONDS else 0
+        return time.monotonic() - self.end >= wait
 
     @contextlib.contextmanager
     def timed(self):
@@ -758,6 +759,8 @@ def restore(optimizers, checkpoint: dict | None) -> list[dict]:
 def tidy_run(out: Path, epoch: int) -> None:
     """Delete what a stopped run wrote after its last checkpoint."""
     (out / "weights.pt").unlink(missing_ok=True)
+    if epoch == 0:                                          # else it is written anew
+        (out / "log.csv").unlink(missing_ok=True)
     for folder in (out, out / "reconstructions"):
         for part in folder.glob(".*.part"):
             part.unlink(missing_ok=True)
@@ -901,7 +904,8 @@ def say_expected(model: nn.Module, objective, batches, images: float, steps: int
 
 
 def describe_run(settings: argparse.Namespace, machine: Machine, dataset: data.Dataset, steps: int,
-                 micro: int, model: nn.Module, out: Path | None) -> None:
+                 micro: int, model: nn.Module, out: Path | None, epoch: int) -> None:
+    """Print what is about to run. out: its folder, if it has one; epoch: how many are done."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"device     {machine.describe()}\n"
           f"data       {dataset.name}, {len(dataset.train_images):,} training and "
@@ -912,7 +916,8 @@ def describe_run(settings: argparse.Namespace, machine: Machine, dataset: data.D
           f"learning rate up to {settings.base_lr * settings.batch_size / 256:.3g}\n"
           f"model      ViT {settings.dim} x {settings.depth} blocks, {settings.heads} heads, patch "
           f"{settings.patch_size}; {type(model).__name__} of {parameters:,} parameters\n"
-          f"run        {out or 'none, a benchmark'}", flush=True)
+          f"run        {out or 'none, a benchmark'}"
+          + (f", goes on after epoch {epoch}" if epoch else ""), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -958,7 +963,8 @@ def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
     steps = max(1, len(dataset.train_images) // settings.batch_size)
     images = steps * settings.batch_size
     if machine.main:
-        describe_run(settings, machine, dataset, steps, micro, plain, None if benchmark else out)
+        describe_run(settings, machine, dataset, steps, micro, plain, None if benchmark else out,
+                     len(log))
     if benchmark:
         return run_benchmark(model, masked_loss, batches, optimizers, micro, settings, machine)
     left = settings.epochs - len(log)

@@ -46,7 +46,7 @@ WIDTH, MARGIN, GAP = 1720, 40, 6        # pixels: about twice the width of a REA
 INK, GREY, FAINT, PAPER = (31, 35, 40), (95, 103, 112), (222, 226, 231), (255, 255, 255)
 ORANGE, SLATE = (230, 120, 0), (150, 172, 205)      # class token, mask tokens
 HIDDEN = 195                            # the grey level of a masked patch
-SHARP = 4                               # times: lines are drawn so much larger, then reduced
+SHARP = 4                               # lines are drawn this many times larger, then reduced
 
 
 @functools.lru_cache
@@ -587,8 +587,10 @@ def draw_embeddings(model: nn.Module, caption: str) -> Image.Image:
     filters = encoder.patch_embed.proj.weight               # (D, 3, p, p)
     filters = filters[filters.flatten(1).norm(dim=1).argsort(descending=True)]
     peak = filters.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-9)
-    columns = min(48, math.ceil(encoder.dim / 4))           # four rows, more where it is wide
-    enlarge = max(1, ((WIDTH - 2 * MARGIN) // columns - 6) // encoder.patch_size)
+    most = (WIDTH - 2 * MARGIN) // (encoder.patch_size + 6)
+    columns = min(48, most, math.ceil(encoder.dim / 4))     # four rows, more where it is wide
+    room = min(60, (WIDTH - 2 * MARGIN) // columns - 6)
+    enlarge = max(1, room // encoder.patch_size)
     filters = mosaic(data.unscale(filters / peak), columns, enlarge, 6)
     size = maps[0].shape[-1]
     sheet = Sheet(WIDTH, 40 + size + 64 + 60 + filters.shape[1],
@@ -722,7 +724,7 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
         (batch(visible), "embed, add positions, class token in front"), (batch(tokens), ""),
         (batch(latent), "project, fill, unshuffle"), (whole, "add positions"),
         (batch(pred), "the class token is dropped before the head"), (batch(pred), "compare with"),
-        (batch(pred), "subtract, square"), (batch(error), "mean over masked"),
+        (batch(pred), "mean squared error"), (batch(error), "mean over masked"),
     ]
     caption += NORMALIZED if model.norm_pix_loss else ""
     return draw_flow(stages, arrows, "A masked autoencoder, step by step", caption)
