@@ -917,7 +917,7 @@ def describe_run(settings: argparse.Namespace, machine: Machine, dataset: data.D
           f"model      ViT {settings.dim} x {settings.depth} blocks, {settings.heads} heads, patch "
           f"{settings.patch_size}; {type(model).__name__} of {parameters:,} parameters\n"
           f"run        {out or 'none, a benchmark'}"
-          + (f", goes on after epoch {epoch}" if epoch else ""), flush=True)
+          + (f", goes on after epoch {epoch}" if out and epoch else ""), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
