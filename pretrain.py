@@ -726,9 +726,9 @@ def save_epoch(out: Path, kind: str, settings: argparse.Namespace, model: nn.Mod
     state = model.state_dict()
     if pace.is_due() or len(log) == settings.epochs:
         with pace.timed():
-            optimizer = [optimizer.state_dict() for optimizer in optimizers]
+            states = [optimizer.state_dict() for optimizer in optimizers]
             data.save_checkpoint(out / "checkpoint.pt",
-                                 dict(common, model=state, optimizer=optimizer, **more))
+                                 dict(common, model=state, optimizer=states, **more))
     write_log(out, log)
     if len(log) == settings.epochs:
         half = {name: value.half() for name, value in state.items()}
@@ -737,8 +737,8 @@ def save_epoch(out: Path, kind: str, settings: argparse.Namespace, model: nn.Mod
 
 def begin_run(out: Path, save, log: list[dict], settings: argparse.Namespace, machine: Machine,
               micro: int) -> None:
-    """All that a run's folder holds before its first epoch, or before it goes on. save() writes
-    the checkpoint and the log."""
+    """All that a run's folder holds before its first epoch, or before it goes on. save(), the
+    first time that it is called, writes the checkpoint and the log."""
     if not log:
         save()                                              # first what a resumed run needs
     write_config(out, settings, machine, micro)
