@@ -1,31 +1,34 @@
-"""From bytes on disk to batches on the device.
+"""Everything on disk: data sets, and what a run writes and reads.
 
-What goes in: the name of a data set and a folder. What comes out: `Dataset`, all images as one
-uint8 tensor (n, 3, 32, 32) and all labels as one int64 tensor (n,), from which batches are cut,
-flipped, cropped and scaled by operations on the whole batch, wherever the tensors are.
+Input: the name of a data set and a folder. Output: a `Dataset`, all images as one uint8 tensor
+(n, 3, 32, 32) and all labels as one int64 tensor (n,). Batches are indexed from it, flipped, cropped
+and scaled by operations on whole batches, on the device where the tensors are. In this order:
 
-    errors        BadInput, the one place that prints it, and flags that raise it
-    files         written whole or not at all; checkpoints
+    data sets     where they are, how they are read: the binary files, parsed by hand
+    batches       order, flips and crops, mixing, scaling
     download      archive -> checked -> unpacked -> in place
     shapes        a data set of drawn shapes, for machines without CIFAR
-    parse         the binary records, by hand
-    batches       order, crops and flips, mixing, scaling
+    run files     written whole or not at all; checkpoints and the models in them
+    flags         of the programs that train, and their ranges
+    errors        bad input is one line and exit status 2
 
-CIFAR-10 and CIFAR-100: Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images;
-the binary format is described at https://www.cs.toronto.edu/~kriz/cifar.html.
+CIFAR-10 and CIFAR-100: Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images. The
+binary format is described at https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import http.client
 import io
 import math
 import os
-import socket
+import shutil
 import sys
 import tarfile
-import tempfile
+import time
+import urllib.request
 import warnings
 from pathlib import Path
 
@@ -33,60 +36,508 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import mae
+
+try:
+    import fcntl
+except ImportError:             # Windows: no locks on folders
+    fcntl = None
+
+
+# ------------------------------------------------------------------------------ data sets
+
 SIDE = 32                       # pixels
 PIXELS = 3 * SIDE * SIDE        # bytes of an image: channel by channel, row by row
+BATCHES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 
 
-# ------------------------------------------------------------------------------ errors
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the binary files of a data set are, and how their records are laid out."""
+    title: str
+    folder: str
+    train: tuple[str, ...]      # file names
+    test: tuple[str, ...]
+    class_names: str            # the file that names the classes, one per line
+    num_classes: int
+    label_bytes: int            # the last of them is the label that counts
+    url: str = ""
+    md5: str = ""
 
 
-class BadInput(Exception):
-    """What the user gave cannot be used. The text is one line: what is wrong, where, what to do."""
+SOURCES = {
+    "cifar10": Source(
+        "CIFAR-10", "cifar-10-batches-bin", BATCHES, ("test_batch.bin",), "batches.meta.txt", 10, 1,
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        "c32a1d4ab5d03f1284b67883e8d87530"),
+    "cifar100": Source(
+        "CIFAR-100", "cifar-100-binary", ("train.bin",), ("test.bin",), "fine_label_names.txt",
+        100, 2, "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+        "03b5dce01913d631647c71ecec9e9cb8"),
+    "shapes": Source(
+        "shapes", "shapes", BATCHES, ("test_batch.bin",), "batches.meta.txt", 10, 1),
+}
 
 
-def is_main_process() -> bool:
-    """Whether this is the one of several processes (see torchrun) that writes and prints."""
-    return os.environ.get("RANK", "0") == "0"
+@dataclasses.dataclass
+class Dataset:
+    """Images uint8 (n, 3, 32, 32) and labels int64 (n,)."""
+    name: str                   # a key of SOURCES
+    classes: list[str]
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    @property
+    def title(self) -> str:
+        return SOURCES[self.name].title
+
+    def to(self, device: torch.device) -> "Dataset":
+        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        return dataclasses.replace(self, **{name: value.to(device)
+                                            for name, value in tensors.items()})
+
+    def subset(self, ids: Tensor) -> "Dataset":
+        """Only these training images."""
+        return dataclasses.replace(self, train_images=self.train_images[ids],
+                                   train_labels=self.train_labels[ids])
+
+    def first(self, count: int) -> "Dataset":
+        """The first `count` training images. Raises BadInput if there are fewer."""
+        if count > len(self.train_images):
+            raise BadInput(f"--limit {count}: only {len(self.train_images):,} training images of "
+                           f"{self.name} are in use")
+        return self.subset(torch.arange(count))
+
+    def hold_out(self, count: int) -> "Dataset":
+        """Test on the last `count` training images and train on the others. Raises BadInput if no
+        others are left."""
+        rest = len(self.train_images) - count
+        if rest < 1:
+            raise BadInput(f"--validation {count}: {self.name} has {len(self.train_images):,} "
+                           "training images, and some must be left to train on")
+        return dataclasses.replace(self.first(rest), test_images=self.train_images[rest:],
+                                   test_labels=self.train_labels[rest:])
+
+    def balanced(self, per_class: int, seed: int) -> "Dataset":
+        """`per_class` random training images of each class. Raises BadInput if one has fewer."""
+        order = torch.randperm(len(self.train_labels), generator=seeded_generator("cpu", seed))
+        ids = []
+        for label, title in enumerate(self.classes):
+            of_class = order[self.train_labels[order] == label]
+            if len(of_class) < per_class:
+                raise BadInput(f"--labels-per-class {per_class}: only {len(of_class)} of the "
+                               f"{len(order):,} training images in use are of class {title}")
+            ids.append(of_class[:per_class])
+        return self.subset(torch.cat(ids).sort().values)
+
+
+NO_CIFAR = """
+{line}
+  CIFAR-10 IS NOT HERE AND COULD NOT BE DOWNLOADED: THIS RUN USES THE DRAWN `shapes` INSTEAD.
+  {reason}
+  Its numbers say nothing about CIFAR-10. For the real data set see the README, "Data".
+{line}
+"""
+
+
+def load_dataset(name: str, data_dir: Path | str) -> Dataset:
+    """Read a data set; download it (or, for `shapes`, draw it) first if it is not in `data_dir`.
+
+    name: a key of SOURCES, or "auto": CIFAR-10 if it is there or can be downloaded, or else
+    `shapes`, with a warning. Raises BadInput.
+    """
+    data_dir = Path(data_dir)
+    if name == "auto":
+        try:
+            return load_dataset("cifar10", data_dir)
+        except DownloadFailed as failure:
+            print(NO_CIFAR.format(line="!" * 90, reason=failure), file=sys.stderr)
+            name = "shapes"
+    source = SOURCES[name]
+    folder = data_dir / source.folder
+    if not folder.exists():
+        if (data_dir / source.test[0]).exists():
+            raise BadInput(f"--data-dir {data_dir} is the folder of {source.title} itself: name "
+                           "the folder in which it lies")
+        (make_shapes if name == "shapes" else download)(source, data_dir)
+    train, test = parse_files(folder, source.train, source), parse_files(folder, source.test, source)
+    return Dataset(name, read_class_names(folder, source), *train, *test)
+
+
+def parse_files(folder: Path, names: tuple[str, ...], source: Source) -> tuple[Tensor, Tensor]:
+    """The records of several files, in order: images (n, 3, 32, 32), labels (n,)."""
+    images, labels = zip(*(parse_records(folder / name, source) for name in names))
+    return (torch.from_numpy(np.concatenate(images)),
+            torch.from_numpy(np.concatenate(labels)).long())
+
+
+def parse_records(path: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """A binary file -> pixels uint8 (n, 3, 32, 32), labels uint8 (n,).
+
+    A record is 1 label byte (CIFAR-100: 2, coarse and fine) and then the pixels. Raises BadInput if
+    the file is not made of such records, OSError if it cannot be read.
+    """
+    raw = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    size = source.label_bytes + PIXELS
+    advice = f"put the right file there, or move {path.parent} away to get it anew"
+    if len(raw) == 0 or len(raw) % size:
+        raise BadInput(f"{path} has {len(raw):,} bytes, which is not a whole number of "
+                       f"{size:,}-byte {source.title} records; {advice}")
+    records = raw.reshape(-1, size)                         # (n, size)
+    labels = records[:, source.label_bytes - 1]             # (n,)
+    wrong = (labels >= source.num_classes).nonzero()[0]
+    if len(wrong):
+        raise BadInput(f"{path}: record {wrong[0]} has label {labels[wrong[0]]}, but the labels of "
+                       f"{source.title} are 0 to {source.num_classes - 1}; {advice}")
+    return records[:, source.label_bytes:].reshape(-1, 3, SIDE, SIDE), labels
+
+
+def read_class_names(folder: Path, source: Source) -> list[str]:
+    """The names of the classes, or their numbers if the file with the names is not as expected."""
+    try:
+        names = (folder / source.class_names).read_text(errors="replace").split()
+    except OSError:
+        names = []
+    return names if len(names) == source.num_classes else [str(i) for i in range(source.num_classes)]
+
+
+# ------------------------------------------------------------------------------ batches
+
+
+def seeded_generator(device: torch.device | str, *numbers: int) -> torch.Generator:
+    """A generator whose draws depend only on the numbers, such as (seed, epoch)."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+
+
+def epoch_order(count: int, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Which images make up each batch of an epoch: (steps, batch_size).
+
+    Every image once, in random order, except the last count % batch_size of that order, which are
+    left out of this epoch. A set smaller than one batch is repeated until it fills one.
+    """
+    steps = max(1, count // batch_size)
+    rounds = math.ceil(steps * batch_size / count)
+    order = torch.cat([torch.randperm(count, generator=generator, device=generator.device)
+                       for _ in range(rounds)])
+    return order[:steps * batch_size].view(steps, batch_size)
+
+
+def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4) -> Tensor:
+    """Random flips ("flip"), flips and shifted crops ("crop"), or neither ("none").
+
+    images (B, 3, H, W) -> the same shape. A crop shifts by up to `pad` pixels in each direction
+    and fills the margin with the mirror image. All of it is one indexing operation.
+    """
+    if kind == "none":
+        return images
+    B, _, H, W = images.shape
+    device = images.device
+    rows = torch.arange(H, device=device).expand(B, H)      # (B, H) where each row comes from
+    columns = torch.arange(W, device=device).expand(B, W)   # (B, W)
+    flip = torch.rand(B, 1, generator=generator, device=device) < 0.5
+    columns = torch.where(flip, W - 1 - columns, columns)
+    if kind == "crop":
+        shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator, device=device)
+        rows, columns = rows + shift[0], columns + shift[1]
+    rows = (H - 1) - ((H - 1) - rows.abs()).abs()           # mirror at both edges
+    columns = (W - 1) - ((W - 1) - columns.abs()).abs()
+    batch = torch.arange(B, device=device)[:, None, None]
+    return images[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def mix(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mixup (Zhang et al. 2017, arXiv 1710.09412) or CutMix (Yun et al. 2019, arXiv 1905.04899),
+    each with probability 1/2: an image is blended with the previous one of the batch, or a box of
+    that one is pasted into it. Its label is mixed in the same proportion.
+
+    images uint8 (B, 3, H, W), labels (B, classes) as probabilities -> both mixed, as floats. The
+    proportion is uniform, Beta(1, 1) in the papers.
+    """
+    B, _, H, W = images.shape
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, device=images.device)
+
+    def near_random_center(length: int, half: Tensor) -> Tensor:        # (B, length)
+        places = torch.arange(length, device=images.device) + 0.5
+        return (places - uniform(B, 1) * length).abs() < half * length
+
+    own = uniform(B, 1)                                     # the image's own share
+    half = (1 - own).sqrt() / 2                             # half the side of a box of area 1 - own
+    box = near_random_center(H, half)[:, :, None] & near_random_center(W, half)[:, None, :]
+    weight = torch.where(uniform(B, 1, 1) < 0.5, own[:, :, None], 1.0 - box.float())    # (B, H, W)
+    own = weight.mean(dim=(1, 2))[:, None]                  # exact: the edge may cut a box off
+    return (torch.lerp(images.roll(1, 0).float(), images.float(), weight[:, None]),
+            torch.lerp(labels.roll(1, 0), labels, own))
+
+
+def scale(images: Tensor) -> Tensor:
+    """0..255 -> float -1..1."""
+    return images.float() / 127.5 - 1
+
+
+def unscale(images: Tensor) -> Tensor:
+    """float -1..1 -> uint8 0..255, clipped."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+# ------------------------------------------------------------------------------ download
+
+
+def download(source: Source, data_dir: Path) -> None:
+    """Download, check and unpack an archive. Raises DownloadFailed."""
+    with appearing_whole(data_dir / source.folder) as temporary:
+        archive, advice = temporary / "archive.tar.gz", f"or unpack it into {data_dir} yourself"
+        try:
+            fetch(source.url, archive)
+        except (OSError, http.client.HTTPException) as error:
+            raise DownloadFailed(f"cannot download {source.url}: {error}; try again, "
+                                 f"{advice}") from None
+        with open(archive, "rb") as file:
+            md5 = hashlib.file_digest(file, "md5").hexdigest()
+        if md5 != source.md5:
+            raise DownloadFailed(f"{source.url} arrived with MD5 {md5} instead of {source.md5}: "
+                                 f"cut off or changed on the way; try again, {advice}")
+        with tarfile.open(archive) as tar:
+            tar.extractall(temporary, filter="data")
+
+
+def fetch(url: str, path: Path, timeout: float = 30) -> None:
+    """Download a file, with a progress line. timeout: seconds without an answer."""
+    with urllib.request.urlopen(url, timeout=timeout) as response, open(path, "wb") as file:
+        progress = Progress(int(response.headers.get("Content-Length", 0)))
+        while chunk := response.read(2**18):
+            file.write(chunk)
+            if progress.advance(len(chunk)):
+                progress.show(f"downloading {url}")
 
 
 @contextlib.contextmanager
-def exit_on_bad_input():
-    """Around a program: bad input, or a file that the system refuses, is one line on standard
-    error and exit status 2, and so is running out of memory; Ctrl-C is one line and 130, SIGTERM
-    (see `pretrain.stop_on_sigterm`) 143. Other errors keep their traceback.
+def appearing_whole(folder: Path):
+    """Yield a temporary folder; at the end move its subfolder `folder.name` to `folder`. What a
+    killed program left behind is deleted by the next one."""
+    temporary = folder.with_name(f".incomplete-{folder.name}")
+    with locked(folder.parent):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            os.rename(temporary / folder.name, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------ shapes
+
+SHAPES = ("disc", "ring", "square", "frame", "triangle", "plus", "star", "crescent", "bar", "bow")
+
+
+def make_shapes(source: Source, data_dir: Path) -> None:
+    """Write the data set `shapes` in CIFAR-10's binary format, the same every time."""
+    rng = np.random.default_rng(0)
+    with appearing_whole(data_dir / source.folder) as temporary:
+        folder = temporary / source.folder
+        folder.mkdir()
+        (folder / source.class_names).write_text("\n".join(SHAPES) + "\n")
+        for name in source.train + source.test:
+            labels = rng.permutation(np.arange(2_000) % source.num_classes)
+            pixels = draw_shapes(labels, rng).reshape(-1, PIXELS)
+            records = np.concatenate([labels[:, None].astype(np.uint8), pixels], axis=1)
+            (folder / name).write_bytes(records.tobytes())
+
+
+def draw_shapes(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Pictures of the shapes with these labels: (n,) -> uint8 (n, 3, 32, 32).
+
+    Place, size, rotation, colours, background and noise vary. Edges are anti-aliased.
     """
+    def uniform(low, high, *shape):
+        return rng.uniform(low, high, (len(labels), *shape)).astype(np.float32)
+
+    def antialias(distance):    # from the edge, in units of the shape's size, to 0..1
+        return np.clip(distance * size + 0.5, 0, 1)
+
+    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)        # (32, 32) each, in pixels
+    size, angle = uniform(6, 13, 1, 1), uniform(0, 2 * np.pi, 1, 1)
+    dx, dy = x - uniform(10, 22, 1, 1), y - uniform(10, 22, 1, 1)
+    u = (dx * np.cos(angle) + dy * np.sin(angle)) / size    # (n, 32, 32), the shape's own axes
+    v = (dy * np.cos(angle) - dx * np.sin(angle)) / size
+    radius, turn = np.hypot(u, v), np.arctan2(v, u)
+    high, low = np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))
+    distances = [                                           # positive inside, in order of SHAPES
+        1 - radius,
+        0.25 - abs(radius - 0.75),
+        0.8 - high,
+        0.2 - abs(high - 0.7),
+        0.5 - np.max([radius * np.cos(turn - k * 2 * np.pi / 3) for k in range(3)], 0),
+        np.minimum(0.27 - low, 1 - high),
+        0.65 + 0.35 * np.cos(5 * turn) - radius,
+        np.minimum(1 - radius, np.hypot(u - 0.5, v) - 0.75),
+        np.minimum(1 - abs(u), 0.25 - abs(v)),
+        np.minimum(abs(u) - abs(v), 0.9 - abs(u)),
+    ]
+    inside = np.choose(labels[:, None, None], [antialias(one) for one in distances])[:, None]
+    ramp = antialias(uniform(-1, 1, 1, 1) * (x - 16) / 16 + uniform(-1, 1, 1, 1) * (y - 16) / 16)
+    near, far = uniform(0, 255, 3, 1, 1), uniform(0, 255, 3, 1, 1)
+    ground = near + (far - near) * ramp[:, None]
+    colour = (ground.mean((2, 3), keepdims=True) + uniform(70, 185, 3, 1, 1)) % 255
+    picture = ground * (1 - inside) + colour * inside       # (n, 3, 32, 32)
+    picture += rng.normal(size=picture.shape).astype(np.float32) * uniform(0, 12, 1, 1, 1)
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------ run files
+
+
+def write_file(path: Path | str, content: bytes | memoryview) -> None:
+    """Write a file whole or not at all: to a temporary file beside it, which is flushed to the disk
+    and then renamed. Raises OSError if it cannot be written; an older file is then untouched."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
     try:
-        yield
-    except BadInput as problem:
-        sys.stderr.write(f"error: {' '.join(str(problem).split())}\n")  # in one piece
-        sys.exit(2)
-    except OSError as error:                                # of a file that the user named
-        if not error.filename:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:                           # of torch, the system, CUDA, cuBLAS
-        signs = ("out of memory", "t allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
-        if not any(sign in str(error) for sign in signs):
-            raise
-        print("error: out of memory: lower --micro-batch-size, or the sizes of model or batch",
-              file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stop:
-        if is_main_process():
-            print(f"\nstopped. {stop}".rstrip(), file=sys.stderr)
-        sys.exit(143 if getattr(stop, "sigterm", False) else 130)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        error.filename = str(path)                          # a full disk does not name the file
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports wrong flags like any other bad input: one line."""
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Make a folder and keep other programs that lock it out until the end. Yields a function that
+    raises BadInput if the folder was deleted or replaced in the meantime. Raises BadInput if
+    another program has the lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield lambda: None
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise BadInput(f"another program is writing to {folder}: wait for it, or name another "
+                       "folder") from None
 
-    def error(self, message: str):
-        raise BadInput(f"{message}; see {self.prog} --help")
+    def check_still_there() -> None:
+        if not (folder.exists() and os.path.samestat(folder.stat(), os.fstat(handle))):
+            raise BadInput(f"{folder} was deleted or replaced while its run was going on")
+
+    try:
+        yield check_still_there
+    finally:
+        os.close(handle)
+
+
+CHECKPOINT_VERSION = 4
+LOG_COLUMNS = {                 # by kind of run
+    "pretrain": ("epoch", "loss", "test_loss", "lr", "seconds", "images_per_second",
+                 "peak_memory_mb"),
+    "classifier": ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr",
+                   "seconds", "images_per_second", "peak_memory_mb"),
+}
+
+
+def save_checkpoint(path: Path | str, checkpoint: dict) -> None:
+    """Write tensors and plain values with the keys that `load_checkpoint` names."""
+    buffer = io.BytesIO()
+    torch.save({"version": CHECKPOINT_VERSION, **checkpoint}, buffer)
+    write_file(path, buffer.getbuffer())
+
+
+def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
+    """Read a checkpoint, or the one in a run's folder. No code in it is executed.
+
+    Keys: kind ("pretrain" or "classifier"), settings (a value for each of FLAGS[kind]), epoch
+    (epochs done), log (a dict per epoch), model (state dict) and, except in weights.pt, optimizers
+    (the state of each). Raises BadInput if the file is not what the programs write, or of another
+    kind or version; OSError if it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = [path / "checkpoint.pt", path / "weights.pt"]
+        path = next((file for file in files if file.exists()), files[0])
+    content = io.BytesIO(path.read_bytes())
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(content, map_location="cpu", weights_only=True)
+    except Exception:           # what torch.load raises for damaged files has no common type
+        raise BadInput(f"{path} is not a checkpoint, or it is damaged; give the checkpoint.pt or "
+                       "weights.pt of a run") from None
+    version = checkpoint.get("version") if isinstance(checkpoint, dict) else None
+    if not isinstance(version, int):
+        raise BadInput(f"{path} is not a checkpoint of pretrain.py or finetune.py")
+    if version != CHECKPOINT_VERSION:
+        raise BadInput(f"{path} has checkpoint version {version}, this program reads version "
+                       f"{CHECKPOINT_VERSION}: use the program that wrote it")
+    if not is_complete(checkpoint):
+        raise BadInput(f"{path} is damaged: it holds something else than a run's settings, log and "
+                       "weights")
+    if kind and checkpoint["kind"] != kind:
+        wanted = {"pretrain": "an autoencoder from pretrain.py",
+                  "classifier": "a classifier from finetune.py"}
+        raise BadInput(f"{path} holds {wanted[checkpoint['kind']]}, {wanted[kind]} is needed")
+    return checkpoint
+
+
+def is_complete(checkpoint: dict) -> bool:
+    """Whether a checkpoint has all that the programs write, each value of its type and range."""
+    kind, log, model = (checkpoint.get(key) for key in ("kind", "log", "model"))
+    if kind not in LOG_COLUMNS or not isinstance(log, list) or not isinstance(model, dict):
+        return False
+    rows = all(isinstance(row, dict) and tuple(row) == LOG_COLUMNS[kind]
+               and all(type(value) in (int, float) for value in row.values()) for row in log)
+    return (rows and checkpoint.get("epoch") == len(log) and all(map(torch.is_tensor, model.values()))
+            and are_settings(checkpoint.get("settings"), kind))
+
+
+def build_model(kind: str, settings: dict) -> nn.Module:
+    """A new MAEViT ("pretrain") or ViTClassifier ("classifier") of the sizes in `settings`.
+
+    Raises ValueError if they do not fit together.
+    """
+    sizes = {name: settings[name] for name in ("patch_size", "dim", "depth", "heads")}
+    if kind == "classifier":
+        return mae.ViTClassifier(mae.Encoder(**sizes), SOURCES[settings["dataset"]].num_classes,
+                                 settings["pool"], settings["mask_ratio"])
+    for name in ("decoder_dim", "decoder_depth", "decoder_heads", "mask_ratio", "norm_pix_loss"):
+        sizes[name] = settings[name]
+    return mae.MAEViT(**sizes)
+
+
+def load_model(path: Path | str, kind: str | None = None) -> tuple[nn.Module, dict]:
+    """The model of a checkpoint, in eval mode, and the checkpoint. Raises BadInput, OSError."""
+    checkpoint = load_checkpoint(path, kind)
+    try:
+        model = build_model(checkpoint["kind"], checkpoint["settings"])
+        load_weights(model, checkpoint["model"], path)
+    except ValueError as error:
+        raise BadInput(f"the settings in {path} do not describe a model: {error}") from None
+    return model.eval(), checkpoint
+
+
+def load_weights(model: nn.Module, weights: dict, path: Path | str) -> None:
+    """Raises BadInput if they are not the weights of this model."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError):                       # of other shapes, or not weights
+        raise BadInput(f"the weights in {path} do not fit the model in its settings") from None
+
+
+# ------------------------------------------------------------------------------ flags
 
 
 def number(kind: type, low: float, high: float = math.inf, open_ends: bool = False):
-    """A type for a flag: a finite number from `low` to `high`, the ends left out if `open_ends`."""
+    """A type for a flag: a number from `low` to `high`, the ends excluded if `open_ends`."""
     def parse(text: str):
         try:
             value = kind(text)
@@ -102,451 +553,182 @@ def number(kind: type, low: float, high: float = math.inf, open_ends: bool = Fal
     return parse
 
 
-# ------------------------------------------------------------------------------ files
-
-
-def write_file(path: Path | str, content: bytes | memoryview) -> None:
-    """Write a file whole or not at all: to a temporary one beside it, flushed to the disk, then
-    renamed.
-
-    Raises BadInput where it cannot be written; an older file of that name is then untouched.
-    """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        if hasattr(os, "O_DIRECTORY"):                      # the new name too, to the disk
-            folder = os.open(path.parent, os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise BadInput(f"cannot write {path}: {error.strerror}; make room or give another folder, "
-                       "what was there before is intact") from None
-
-
-CHECKPOINT_VERSION = 3
-
-
-def save_checkpoint(path: Path | str, checkpoint: dict) -> None:
-    """Write tensors and plain values; `load_checkpoint` says which keys. Raises BadInput."""
-    buffer = io.BytesIO()
-    torch.save({"version": CHECKPOINT_VERSION, **checkpoint}, buffer)
-    write_file(path, buffer.getbuffer())
-
-
-def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
-    """Read a checkpoint; nothing in it is executed. A run's folder stands for the file in it.
-
-    Keys: kind ("pretrain" or "classifier"), settings (dict), epoch (epochs done), model (state
-    dict), log (a dict per epoch) and, unless only the weights were kept, optimizer (state dict of
-    each). Raises BadInput where the file is missing, damaged, of another kind or version.
-    """
-    path = Path(path)
-    if path.is_dir():
-        files = [path / "checkpoint.pt", path / "weights.pt"]
-        path = next((file for file in files if file.exists()), files[0])
-    try:
-        content = io.BytesIO(path.read_bytes())
-    except OSError as error:
-        raise BadInput(f"cannot read checkpoint {path}: {error.strerror}; give the checkpoint.pt "
-                       "or weights.pt of a run, or its folder") from None
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            checkpoint = torch.load(content, map_location="cpu", weights_only=True)
-    except Exception:   # what torch.load raises on damaged files has no common type
-        raise BadInput(f"{path} is no checkpoint, or a damaged one; give the checkpoint.pt or "
-                       "weights.pt of a run") from None
-    types = dict(version=int, kind=str, settings=dict, epoch=int, model=dict, log=list)
-    if not isinstance(checkpoint, dict) or not all(
-            isinstance(checkpoint.get(key), value) for key, value in types.items()):
-        raise BadInput(f"{path} is no checkpoint of pretrain.py or finetune.py")
-    if checkpoint["version"] != CHECKPOINT_VERSION:
-        raise BadInput(f"{path} is of checkpoint version {checkpoint['version']}, this program "
-                       f"reads version {CHECKPOINT_VERSION}: use the program that wrote it")
-    if kind and checkpoint["kind"] != kind:
-        wanted = {"pretrain": "an autoencoder from pretrain.py",
-                  "classifier": "a classifier from finetune.py"}
-        raise BadInput(f"{path} holds {wanted.get(checkpoint['kind'], 'something else')}, "
-                       f"{wanted[kind]} is needed")
-    return checkpoint
-
-
-def load_weights(model: nn.Module, state: dict, path: Path | str) -> None:
-    """Raises BadInput where the weights are not those of this model."""
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError):       # of another size, or not weights
-        raise BadInput(f"the weights in {path} do not fit the model that its settings "
-                       "describe: the file is damaged") from None
-
-
-# ------------------------------------------------------------------------------ download
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a data set's binary files are, and how their records are laid out."""
-    title: str
-    folder: str
-    train: tuple[str, ...]      # file names
-    test: tuple[str, ...]
-    names: str                  # the file that names the classes, a line each
-    num_classes: int
-    label_bytes: int            # the last of them is the label that counts
-    images: tuple[int, int]     # training and test, in the official files
-    url: str = ""
-    md5: str = ""
-
-
-BATCHES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-SOURCES = {
-    "cifar10": Source(
-        "CIFAR-10", "cifar-10-batches-bin", BATCHES, ("test_batch.bin",), "batches.meta.txt",
-        10, 1, (50_000, 10_000), "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        "c32a1d4ab5d03f1284b67883e8d87530"),
-    "cifar100": Source(
-        "CIFAR-100", "cifar-100-binary", ("train.bin",), ("test.bin",), "fine_label_names.txt",
-        100, 2, (50_000, 10_000), "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-        "03b5dce01913d631647c71ecec9e9cb8"),
-    "shapes": Source(
-        "shapes", "shapes", BATCHES, ("test_batch.bin",), "batches.meta.txt",
-        10, 1, (10_000, 2_000)),
+COUNT, SWITCH = number(int, 1, 10**6), argparse.BooleanOptionalAction
+COMMON_FLAGS = {                # of pretrain.py and finetune.py
+    "dataset": dict(choices=["auto", *SOURCES], default="auto", help="auto is CIFAR-10 if it is "
+                    "there or can be downloaded, or else the drawn shapes"),
+    "data_dir": dict(default="data", help="folder that holds the folders of the data sets"),
+    "limit": dict(type=COUNT, help="use only so many training images, the first ones"),
+    "validation": dict(type=number(int, 0, 10**6), default=0, help="test on so many training "
+                       "images, the last ones, and train on the others, to choose settings"),
+    "epochs": dict(type=COUNT, help="passes over the training images"),
+    "warmup_epochs": dict(type=number(float, 0, 10**6), help="epochs in which the learning rate "
+                          "rises from 0 (default: the recipe's share of the epochs)"),
+    "batch_size": dict(type=COUNT, help="images per optimizer step, over all processes"),
+    "micro_batch_size": dict(type=COUNT, help="images that a process computes at once; their "
+                             "gradients add up to that of the batch (default: 512 on CUDA, else 64)"),
+    "base_lr": dict(type=number(float, 0, 1000, open_ends=True), help="learning rate for a batch "
+                    "of 256; the one used is this x batch size / 256"),
+    "optimizer": dict(choices=["adamw", "muon"], help="muon: orthogonalised updates for the "
+                      "matrices in the blocks, AdamW for the rest"),
+    "weight_decay": dict(type=number(float, 0, 1000), help="of weight matrices only"),
+    "patch_size": dict(type=COUNT, help="side of a patch in pixels"),
+    "dim": dict(type=COUNT, help="width of the encoder"),
+    "depth": dict(type=COUNT, help="blocks of the encoder"),
+    "heads": dict(type=COUNT, help="attention heads of the encoder"),
+    "augment": dict(choices=["none", "flip", "crop"], help="flip: half of the images are mirrored; "
+                    "crop: also shifted by up to 4 pixels"),
+    "seed": dict(type=number(int, 0, 2**32 - 1), default=0, help="of weights, order, augmentation "
+                 "and masks"),
+    "device": dict(choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto is cuda if "
+                   "it is there, or else mps, or else cpu"),
+    "precision": dict(choices=["auto", "fp32", "bf16"], default="auto", help="bf16: matrix "
+                      "products in bfloat16; auto is bf16 if the hardware multiplies it"),
+    "compile": dict(action=SWITCH, help="compile the model with torch.compile (default: on CUDA)"),
+    "checkpoint_every": dict(type=COUNT, help="epochs from checkpoint to checkpoint"),
 }
-DOWNLOAD_TIMEOUT = 30           # seconds without an answer
+FLAGS = {                       # the settings of a run, by kind
+    "pretrain": COMMON_FLAGS | {
+        "recipe": dict(choices=["full", "laptop"], help="set of defaults"),
+        "mask_ratio": dict(type=number(float, 0, 1, open_ends=True), help="part of the patches "
+                           "that is hidden"),
+        "norm_pix_loss": dict(action=SWITCH, help="predict each patch normalised by its own mean "
+                              "and standard deviation"),
+        "decoder_dim": dict(type=COUNT, help="width of the decoder"),
+        "decoder_depth": dict(type=COUNT, help="blocks of the decoder"),
+        "decoder_heads": dict(type=COUNT, help="attention heads of the decoder"),
+        "picture_every": dict(type=COUNT, help="epochs from picture to picture"),
+    },
+    "classifier": COMMON_FLAGS | {
+        "recipe": dict(choices=["full", "laptop", "strong"], help="set of defaults"),
+        "init": dict(help="checkpoint or run folder of pretrain.py, whose encoder is the start "
+                     "(default: from scratch)"),
+        "mode": dict(choices=["finetune", "linear"], default="finetune", help="finetune: all "
+                     "weights are trained; linear: only the head, on a frozen encoder"),
+        "pool": dict(choices=["cls", "mean"], help="what the head reads: the class token, or the "
+                     "mean over the patches"),
+        "layer_decay": dict(type=number(float, 0, 1), help="learning rate of each layer, as a "
+                            "factor of that of the layer above"),
+        "mask_ratio": dict(type=number(float, 0, 1), help="part of the patches that is left out "
+                           "of training images"),
+        "mix": dict(action=SWITCH, help="mixup or CutMix: mix each training image, and its label, "
+                    "with another one"),
+        "labels_per_class": dict(type=COUNT, help="train on so many random images of each class"),
+        "repeat": dict(type=number(int, 1, 10**4), default=1, help="how often each training image "
+                       "is shown in an epoch"),
+    },
+}
+RUN_FLAGS = {                   # of one call of a program, not kept with the run
+    "out": dict(type=Path, help="run folder (default: a new one in runs/, named after the run)"),
+    "resume": dict(action="store_true", help="continue the run in --out, with its own settings"),
+    "benchmark": dict(action="store_true", help="print the speed of these settings, train nothing"),
+}
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of a flag, if it has one."""
+
+    def _get_help_string(self, action):
+        shown = action.default is not None and "(default" not in action.help
+        return super()._get_help_string(action) if shown else action.help
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports wrong flags like any other bad input, as one line."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+
+    def add_flags(self, flags: dict[str, dict]) -> None:
+        for name, options in flags.items():
+            self.add_argument(f"--{name.replace('_', '-')}", **options)
+
+    def error(self, message: str):
+        raise BadInput(f"{message}; see {self.prog} --help")
+
+
+def are_settings(settings, kind: str) -> bool:
+    """Whether these are the settings of a run: read as flags, they must give themselves."""
+    if not isinstance(settings, dict) or settings.keys() != FLAGS[kind].keys():
+        return False
+    parser, flags = Parser(add_help=False), []
+    parser.add_flags(FLAGS[kind])
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value is not None:
+            flags.append(f"{flag}={value}")
+    try:
+        return vars(parser.parse_args(flags)) == settings
+    except BadInput:
+        return False
+
+
+# ------------------------------------------------------------------------------ errors
+
+
+def is_main_process() -> bool:
+    """Whether this is the one of several processes (see torchrun) that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class BadInput(Exception):
+    """The user's input cannot be used. The text is one line: what is wrong, where, what to do."""
 
 
 class DownloadFailed(BadInput):
-    """The archive could not be had, or is not what it should be."""
+    """The archive cannot be downloaded, or is not what it should be."""
 
 
 @contextlib.contextmanager
-def appearing_whole(folder: Path):
-    """Yield a temporary folder; at the end its subfolder `folder.name` is moved to `folder`."""
+def exit_on_bad_input():
+    """Around a program: bad input, a file that the system refuses, and too little memory are one
+    line on standard error and exit status 2. Other errors keep their traceback."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".incomplete-") as temporary:
-            yield Path(temporary)
-            try:
-                os.rename(Path(temporary) / folder.name, folder)
-            except OSError:
-                if not folder.is_dir():                     # else another program was faster
-                    raise
+        yield
+    except BadInput as error:
+        problem = str(error)
+    except BrokenPipeError:     # the reader of the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
-        raise BadInput(f"cannot write {folder}: {error.strerror}; give another --data-dir, or "
-                       "make room") from None
+        if not error.filename:
+            raise
+        problem = f"{error.filename}: {error.strerror}"
+    except (MemoryError, RuntimeError) as error:            # of numpy; of torch, CUDA and cuBLAS
+        signs = ("out of memory", "t allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
+            raise
+        problem = "out of memory: use smaller sizes or batches, see --help"
+    else:
+        return
+    sys.stderr.write(f"error: {' '.join(problem.split())}\n")   # in one piece, also from processes
+    sys.exit(2)
 
 
-def download(source: Source, data_dir: Path) -> None:
-    """Fetch, check and unpack an archive. Raises DownloadFailed; nothing half-done stays."""
-    advice = f"try again, or unpack {source.url} into {data_dir} yourself"
-    with appearing_whole(data_dir / source.folder) as temporary:
-        archive = temporary / "archive.tar.gz"
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-        try:
-            print(f"downloading {source.url}", file=sys.stderr)
-            torch.hub.download_url_to_file(source.url, str(archive), progress=True)
-        except (OSError, http.client.HTTPException) as error:
-            raise DownloadFailed(f"cannot download {source.url}: {error}; {advice}") from None
-        finally:
-            socket.setdefaulttimeout(timeout)
-        with open(archive, "rb") as file:
-            md5 = hashlib.file_digest(file, "md5").hexdigest()
-        if md5 != source.md5:
-            raise DownloadFailed(f"{source.url} came with MD5 {md5} instead of {source.md5}: cut "
-                                 f"off or changed on its way; {advice}")
-        try:
-            with tarfile.open(archive) as tar:
-                for member in tar:
-                    parts = Path(member.name).parts
-                    if not (member.isfile() or member.isdir()) or ".." in parts \
-                            or parts[:1] != (source.folder,):
-                        raise tarfile.TarError(f"it holds {member.name}, which does not belong")
-                tar.extractall(temporary, filter="data")
-        except (tarfile.TarError, EOFError) as error:
-            raise DownloadFailed(f"{source.url} is no archive to unpack: {error}; "
-                                 f"{advice}") from None
-        if not (temporary / source.folder).is_dir():
-            raise DownloadFailed(f"{source.url} holds no folder {source.folder}; {advice}")
+class Progress:
+    """A line on standard error that says how much time is left: on a terminal one that replaces
+    itself twice a second, elsewhere a new line every half minute."""
 
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.began = self.shown = time.monotonic()
 
-# ------------------------------------------------------------------------------ shapes
+    def advance(self, count: int = 1) -> bool:
+        """Count what is done. Whether it is time to show the line."""
+        self.done += count
+        return (time.monotonic() - self.shown > (0.5 if sys.stderr.isatty() else 30)
+                and self.done < self.total)
 
+    def show(self, text: str) -> None:
+        self.shown = time.monotonic()
+        text += f"  {self.time_left()} left"
+        if sys.stderr.isatty():                             # \x1b[K erases the rest of the line
+            text = text[:shutil.get_terminal_size().columns - 1] + "\x1b[K\r"
+        print(text, end="" if text.endswith("\r") else "\n", file=sys.stderr, flush=True)
 
-def draw_shapes(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Pictures of the shapes that the labels name: (n,) -> uint8 (n, 3, 32, 32).
-
-    Place, size, rotation, colours, background and noise vary. Edges are anti-aliased.
-    """
-    def uniform(low, high, *shape):
-        return rng.uniform(low, high, (len(labels), *shape)).astype(np.float32)
-
-    def clear(inside):          # distance from the edge, in units of the shape's size -> 0..1
-        return np.clip(inside * size + 0.5, 0, 1)
-
-    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)        # (32, 32) each, in pixels
-    size, angle = uniform(6, 13, 1, 1), uniform(0, 2 * np.pi, 1, 1)
-    dx, dy = x - uniform(10, 22, 1, 1), y - uniform(10, 22, 1, 1)
-    u = (dx * np.cos(angle) + dy * np.sin(angle)) / size    # (n, 32, 32), the shape's own axes
-    v = (dy * np.cos(angle) - dx * np.sin(angle)) / size
-    radius, turn = np.hypot(u, v), np.arctan2(v, u)
-    high, low = np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))
-    kinds = {                                               # positive inside
-        "disc": 1 - radius,
-        "ring": 0.25 - abs(radius - 0.75),
-        "square": 0.8 - high,
-        "frame": 0.2 - abs(high - 0.7),
-        "triangle": 0.5 - np.max([radius * np.cos(turn - k * 2 * np.pi / 3) for k in range(3)], 0),
-        "plus": np.minimum(0.27 - low, 1 - high),
-        "star": 0.65 + 0.35 * np.cos(5 * turn) - radius,
-        "crescent": np.minimum(1 - radius, np.hypot(u - 0.5, v) - 0.75),
-        "bar": np.minimum(1 - abs(u), 0.25 - abs(v)),
-        "bow": np.minimum(abs(u) - abs(v), 0.9 - abs(u)),
-    }
-    assert tuple(kinds) == SHAPES
-    inside = np.choose(labels[:, None, None], [clear(kind) for kind in kinds.values()])[:, None]
-    ramp = clear(uniform(-1, 1, 1, 1) * (x - 16) / 16 + uniform(-1, 1, 1, 1) * (y - 16) / 16)
-    near, far = uniform(0, 255, 3, 1, 1), uniform(0, 255, 3, 1, 1)
-    ground = near + (far - near) * ramp[:, None]
-    colour = (ground.mean((2, 3), keepdims=True) + uniform(70, 185, 3, 1, 1)) % 255
-    picture = ground * (1 - inside) + colour * inside       # (n, 3, 32, 32)
-    picture += rng.normal(size=picture.shape).astype(np.float32) * uniform(0, 12, 1, 1, 1)
-    return picture.clip(0, 255).astype(np.uint8)
-
-
-SHAPES = ("disc", "ring", "square", "frame", "triangle", "plus", "star", "crescent", "bar", "bow")
-
-
-def make_shapes(data_dir: Path) -> None:
-    """Write the data set `shapes` in CIFAR-10's binary format, the same at every time."""
-    source, rng = SOURCES["shapes"], np.random.default_rng(0)
-    with appearing_whole(data_dir / source.folder) as temporary:
-        folder = temporary / source.folder
-        folder.mkdir()
-        (folder / source.names).write_text("\n".join(SHAPES) + "\n")
-        for name in source.train + source.test:
-            labels = rng.permutation(np.arange(2_000) % source.num_classes)
-            pixels = draw_shapes(labels, rng).reshape(-1, PIXELS)
-            records = np.concatenate([labels[:, None].astype(np.uint8), pixels], axis=1)
-            (folder / name).write_bytes(records.tobytes())
-
-
-# ------------------------------------------------------------------------------ parse
-
-
-@dataclasses.dataclass
-class Dataset:
-    """images uint8 (n, 3, 32, 32), labels int64 (n,)."""
-    name: str                   # "cifar10", "cifar100" or "shapes"
-    classes: list[str]
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-
-    def to(self, device: torch.device) -> "Dataset":
-        return dataclasses.replace(self, **{
-            name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)})
-
-    def first(self, count: int) -> "Dataset":
-        """The first `count` training images. Raises BadInput where there are fewer."""
-        if count > len(self.train_images):
-            raise BadInput(f"--limit {count}: {self.name} has {len(self.train_images):,} training "
-                           "images in use")
-        return self.subset(torch.arange(count))
-
-    def hold_out(self, count: int) -> "Dataset":
-        """The last `count` training images become the test images. Raises BadInput where none
-        would be left to learn from."""
-        rest = len(self.train_images) - count
-        if rest < 1:
-            raise BadInput(f"--validation {count}: {self.name} has {len(self.train_images)} "
-                           "training images, and some must be left to learn from")
-        return dataclasses.replace(self.first(rest), test_images=self.train_images[rest:],
-                                   test_labels=self.train_labels[rest:])
-
-    def balanced(self, per_class: int, seed: int) -> "Dataset":
-        """`per_class` random training images of each class. Raises BadInput where one has fewer."""
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self.train_labels), generator=generator)
-        ids = []
-        for label, title in enumerate(self.classes):
-            of_class = order[self.train_labels.cpu()[order] == label]
-            if len(of_class) < per_class:
-                raise BadInput(f"--labels-per-class {per_class}: of the "
-                               f"{len(order):,} training images of {self.name} in use, "
-                               f"{len(of_class)} are of class {title}")
-            ids.append(of_class[:per_class])
-        return self.subset(torch.cat(ids).sort().values)
-
-    def subset(self, ids: Tensor) -> "Dataset":
-        ids = ids.to(self.train_images.device)
-        return dataclasses.replace(self, train_images=self.train_images[ids],
-                                   train_labels=self.train_labels[ids])
-
-
-def parse_records(path: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """A binary file -> pixels uint8 (n, 3, 32, 32), labels uint8 (n,).
-
-    A record is 1 label byte (CIFAR-100: coarse, then fine), then the pixels. Raises BadInput.
-    """
-    advice = f"put the right file there, or move {path.parent} away to have it made anew"
-    try:
-        raw = np.frombuffer(path.read_bytes(), dtype=np.uint8)
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}; {advice}") from None
-    size = source.label_bytes + PIXELS
-    if len(raw) == 0 or len(raw) % size:
-        raise BadInput(f"{path} has {len(raw):,} bytes, not a whole number of {size:,}-byte "
-                       f"{source.title} records; {advice}")
-    records = raw.reshape(-1, size)
-    labels = records[:, source.label_bytes - 1]
-    if labels.max() >= source.num_classes:
-        first = int((labels >= source.num_classes).argmax())
-        raise BadInput(f"{path}: record {first} has label {labels[first]}, {source.title} has "
-                       f"labels 0 to {source.num_classes - 1}; {advice}")
-    return records[:, source.label_bytes:].reshape(-1, 3, SIDE, SIDE), labels
-
-
-def parse_folder(name: str, folder: Path) -> Dataset:
-    """All files of a data set, in order. Raises BadInput."""
-    source = SOURCES[name]
-
-    def parse_split(files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        parts = [parse_records(folder / file, source) for file in files]
-        images, labels = (np.concatenate(part) for part in zip(*parts))
-        return torch.from_numpy(images), torch.from_numpy(labels).long()
-
-    try:
-        lines = (folder / source.names).read_text(errors="replace").split("\n")
-        classes = [line.strip() for line in lines if line.strip()]
-    except OSError:
-        classes = []
-    if len(classes) != source.num_classes:      # names only label pictures; numbers will do
-        classes = [str(label) for label in range(source.num_classes)]
-    dataset = Dataset(name, classes, *parse_split(source.train), *parse_split(source.test))
-    counts = len(dataset.train_images), len(dataset.test_images)
-    if counts != source.images and is_main_process():
-        print(f"note: {folder} holds {counts[0]:,} + {counts[1]:,} images, {source.title} "
-              f"{source.images[0]:,} + {source.images[1]:,}: taken for a data set of your own",
-              file=sys.stderr)
-    return dataset
-
-
-NO_CIFAR = """
-{line}
-  CIFAR-10 IS NOT HERE AND COULD NOT BE DOWNLOADED: THIS RUN USES THE DRAWN `shapes` INSTEAD.
-  {reason}
-  Its numbers say nothing about CIFAR-10. For the real data set see the README, "Data".
-{line}
-"""
-
-
-def load_dataset(name: str, data_dir: Path | str) -> Dataset:
-    """Find, else download (or, for `shapes`, draw) and parse a data set.
-
-    name: "cifar10", "cifar100", "shapes", or "auto": CIFAR-10 where it is or can be had, else
-    `shapes` with a warning. Raises BadInput.
-    """
-    data_dir = Path(data_dir)
-    if name == "auto":
-        try:
-            return load_dataset("cifar10", data_dir)
-        except DownloadFailed as failure:
-            print(NO_CIFAR.format(line="!" * 90, reason=failure), file=sys.stderr)
-            name = "shapes"
-    folder = data_dir / SOURCES[name].folder
-    if not folder.exists():
-        if name == "shapes":
-            make_shapes(data_dir)
-        else:
-            download(SOURCES[name], data_dir)
-    return parse_folder(name, folder)
-
-
-# ------------------------------------------------------------------------------ batches
-
-
-def seeded_generator(device: torch.device | str, *numbers: int) -> torch.Generator:
-    """A generator whose draws depend on the numbers alone, such as (seed, epoch)."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
-
-
-def epoch_order(count: int, batch_size: int, generator: torch.Generator) -> Tensor:
-    """Which images make up each batch of an epoch: (steps, batch_size).
-
-    Every image once, in random order, except the last count % batch_size of that order, which
-    this epoch leaves out. A set smaller than one batch fills it with repetitions.
-    """
-    steps = max(1, count // batch_size)
-    rounds = -(-steps * batch_size // count)
-    order = torch.cat([torch.randperm(count, generator=generator, device=generator.device)
-                       for _ in range(rounds)])
-    return order[:steps * batch_size].view(steps, batch_size)
-
-
-def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4) -> Tensor:
-    """Flips ("flip"), or flips and shifted crops ("crop"), or neither ("none").
-
-    images (B, 3, H, W) -> the same shape. A crop shifts by up to `pad` pixels each way and
-    fills the margin with the image's mirror.
-    """
-    if kind == "none":
-        return images
-    B, _, H, W = images.shape
-    device = images.device
-    rows = torch.arange(H, device=device).expand(B, H)      # (B, H) where each row comes from
-    columns = torch.arange(W, device=device).expand(B, W)   # (B, W)
-    flip = torch.rand(B, 1, generator=generator, device=device) < 0.5
-    columns = torch.where(flip, W - 1 - columns, columns)
-    if kind == "crop":
-        shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator, device=device)
-        rows, columns = rows + shift[0], columns + shift[1]
-    rows = (H - 1) - ((H - 1) - rows.abs()).abs()           # the mirror at both edges
-    columns = (W - 1) - ((W - 1) - columns.abs()).abs()
-    batch = torch.arange(B, device=device)[:, None, None]
-    return images[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def mix(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al. 2017, arXiv 1710.09412) or CutMix (Yun et al. 2019, arXiv 1905.04899),
-    each with probability 1/2: an image is blended with the one before it in the batch, or has a
-    box of that one pasted in; its label is mixed by the share of either.
-
-    images uint8 (B, 3, H, W), labels (B, classes), as probabilities -> both mixed, as floats.
-    Shares are uniform, Beta(1, 1) in the papers.
-    """
-    B, _, H, W = images.shape
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, device=images.device)
-
-    def within(length: int, half: Tensor) -> Tensor:        # (B, length): near a random centre
-        places = torch.arange(length, device=images.device) + 0.5
-        return (places - uniform(B, 1) * length).abs() < half * length
-
-    own = uniform(B, 1)                                     # the image's own share
-    half = (1 - own).sqrt() / 2                             # half the side of a box of 1 - own
-    box = within(H, half)[:, :, None] & within(W, half)[:, None, :]     # (B, H, W)
-    weight = torch.where(uniform(B, 1, 1) < 0.5, own[:, :, None], 1.0 - box.float())
-    own = weight.mean(dim=(1, 2))[:, None]                  # (B, 1), exact: edges cut boxes off
-    return (torch.lerp(images.roll(1, 0).float(), images.float(), weight[:, None]),
-            torch.lerp(labels.roll(1, 0), labels, own))
-
-
-def scale(images: Tensor) -> Tensor:
-    """0..255 -> float -1..1."""
-    return images.float() / 127.5 - 1
-
-
-def unscale(images: Tensor) -> Tensor:
-    """float -1..1 -> uint8 0..255; what lies outside is clipped."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    def time_left(self) -> datetime.timedelta:
+        """Estimated from the time per count so far."""
+        seconds = (time.monotonic() - self.began) / max(self.done, 1) * (self.total - self.done)
+        return datetime.timedelta(seconds=round(seconds))

@@ -1,21 +1,26 @@
 """Use the encoder: `python finetune.py --init runs/pretrain-cifar10-laptop`.
 
-What goes in: labelled images and, with --init, an encoder from pretrain.py. What comes out: a
-classifier's run folder (config.json, log.csv, checkpoint.pt, weights.pt, curves.png).
+Input: images with labels and, with --init, an encoder from pretrain.py. Output: the run folder of a
+classifier (config.json, log.csv, checkpoint.pt, weights.pt, curves.png).
 
-    --init RUN                  fine-tuning: all weights go on learning (MAE, appendix A.1)
-    --init RUN --mode linear    linear probe: the encoder is frozen, only the head learns (A.1)
+    --init RUN                  fine-tuning: all weights are trained (MAE, appendix A.1)
+    --init RUN --mode linear    linear probe: the encoder is frozen, only the head is trained (A.1)
     (neither)                   the same network and recipe from scratch, to compare with
     --evaluate RUN              no training: the test accuracy of a saved classifier
 
-The saved classifier's weights load into timm's VisionTransformer. `main` at the bottom is the
-story; settings, machine, optimisation and run folder come from pretrain.py.
+The weights of the saved classifier load into timm's VisionTransformer. In this order: recipes,
+`main`, the two stories (`finetune` and `probe`), then what they call. The settings, the training
+loop, the optimizers and the run folder come from pretrain.py.
 """
+import signal
+
+if __name__ == "__main__":      # Ctrl-C ends the program at once: a run can be killed at any time
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
+import contextlib
 import dataclasses
 import sys
-import time
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,355 +28,271 @@ from torch.nn import functional as F
 
 import data
 import mae
-import pretrain as shared
 from data import BadInput
-from pretrain import MODELS, Machine
+from pretrain import (MODELS, Learner, Machine, describe, evaluate, in_batches, load_data,
+                      make_model, make_optimizers, on_machine, open_run, parse_first,
+                      parse_settings, read_settings, run_benchmark, train_epoch)
 
-# ------------------------------------------------------------------------------ settings
-
-RECIPES = {
+RECIPES = {                     # warmup: part of the epochs in which the learning rate rises
     "full": dict(
-        MODELS["full"], pool="cls", epochs=100, warmup_epochs=5, batch_size=128, base_lr=1e-3,
+        MODELS["full"], pool="cls", epochs=100, warmup=0.05, batch_size=128, base_lr=1e-3,
         optimizer="adamw", weight_decay=0.05, layer_decay=1.0, augment="none", mask_ratio=0.0,
-        mix=False, label_smoothing=0.0),
+        mix=False, checkpoint_every=1),
     "laptop": dict(
-        MODELS["laptop"], pool="mean", epochs=3, warmup_epochs=0.375, batch_size=64, base_lr=2e-2,
+        MODELS["laptop"], pool="mean", epochs=3, warmup=0.125, batch_size=64, base_lr=2e-2,
         optimizer="muon", weight_decay=0.05, layer_decay=0.75, augment="crop", mask_ratio=0.5,
-        mix=False, label_smoothing=0.0),
+        mix=False, checkpoint_every=1),
     "strong": dict(
-        MODELS["full"], pool="mean", epochs=100, warmup_epochs=5, batch_size=128, base_lr=2e-3,
+        MODELS["full"], pool="mean", epochs=100, warmup=0.05, batch_size=128, base_lr=2e-3,
         optimizer="adamw", weight_decay=0.05, layer_decay=0.8, augment="crop", mask_ratio=0.0,
-        mix=True, label_smoothing=0.0),
+        mix=True, checkpoint_every=1),
 }
-LINEAR = dict(                      # with --mode linear, over those of the recipe
-    epochs=100, warmup_epochs=10, batch_size=512, base_lr=1e-2, optimizer="adamw", weight_decay=0.0,
-    layer_decay=1.0, augment="none", mask_ratio=0.0, mix=False, label_smoothing=0.0)
+LINEAR = dict(                  # with --mode linear, over the recipe
+    epochs=100, warmup=0.1, batch_size=512, micro_batch_size=512, base_lr=1e-2, optimizer="adamw",
+    weight_decay=0.0, layer_decay=1.0, augment="none", mask_ratio=0.0, mix=False,
+    checkpoint_every=10)
+HELP = """Fine-tune a pre-trained encoder, probe it, or train from scratch. With --evaluate CHECKPOINT
+instead: print the test accuracy of a saved classifier, in float32 unless --precision says
+otherwise, and train nothing."""
+SIZES = ("patch_size", "dim", "depth", "heads")     # of the encoder
 
 
-def make_parser() -> data.Parser:
-    linear = " ".join(shared.spell(name, value) for name, value in LINEAR.items())
-    parser = data.Parser(
-        description="Fine-tune a pre-trained encoder, probe it, or train from scratch. Defaults "
-        "are in parentheses, per recipe where they differ.",
-        epilog=f"Defaults with --mode linear, whatever the recipe: {linear}", allow_abbrev=False)
-    shared.add_common_flags(parser, RECIPES)
-
-    def flag(name: str, text: str, **kwargs) -> None:
-        shared.add_flag(parser, RECIPES, name, text, **kwargs)
-
-    flag("--pool", "what the head reads: the class token, or the mean over the patches",
-         choices=["cls", "mean"])
-    flag("--layer-decay", "learning rate of each layer, as a factor of that of the layer above",
-         type=data.number(float, 0, 1), metavar="F")
-    flag("--mask-ratio", "part of the patches left out of training images, at least 0",
-         type=data.number(float, 0, 1), metavar="R")
-    flag("--mix", "mixup or CutMix: each training image, and its label, mixed with another",
-         action=argparse.BooleanOptionalAction)
-    flag("--label-smoothing", "part of a label's probability spread over all classes in training",
-         type=data.number(float, 0, 0.9), metavar="S")
-    parser.add_argument("--init", help="checkpoint or run folder of pretrain.py; its encoder is "
-                        "the start (none: from scratch)", metavar="CHECKPOINT",
-                        type=lambda text: str(Path(text)))
-    parser.add_argument("--mode", help="finetune: all weights learn; linear: only the head "
-                        "(finetune)", choices=["finetune", "linear"])
-    parser.add_argument("--labels-per-class", help="train on N random images of each class (all)",
-                        type=data.number(int, 1, 10**6), metavar="N")
-    parser.add_argument("--repeat", help="show each training image N times an epoch, for few "
-                        "images (1)", type=data.number(int, 1, 10**4), metavar="N")
-    parser.add_argument("--evaluate", help="print the test accuracy of a classifier and train "
-                        "nothing", metavar="CHECKPOINT")
-    return parser
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if any(flag.startswith("--evaluate") for flag in argv):
+        return evaluate_classifier(argv)
+    first = parse_first(argv, RECIPES)
+    if first.resume:
+        defaults = read_settings(first.out, "classifier")
+    else:
+        defaults = dict(RECIPES[first.recipe], recipe=first.recipe)
+        defaults |= LINEAR if first.mode == "linear" else {}
+        defaults |= encoder_sizes(first.init) if first.init else {}
+    settings = parse_settings("classifier", HELP, defaults, argv)
+    if settings.mode == "linear":
+        check_linear(settings)
+    with on_machine(settings) as machine:
+        (probe if settings.mode == "linear" else finetune)(settings, machine)
 
 
-def resolve_settings(given: dict, machine: Machine) -> tuple[argparse.Namespace, dict | None]:
-    """The settings, and the checkpoint of --init. Raises BadInput."""
-    mode, checkpoint = given.get("mode", "finetune"), None
-    fixed = dict(LINEAR if mode == "linear" else {}, mode=mode, init=None, labels_per_class=None,
-                 repeat=1)
-    if "init" in given:
-        checkpoint = data.load_checkpoint(given["init"], "pretrain")
-        for name in mae.MODEL_SIZES:
-            fixed[name] = size = checkpoint["settings"][name]
-            if given.get(name, size) != size:
-                raise BadInput(f"{shared.spell(name, given[name])} contradicts {given['init']}, "
-                               f"whose encoder has {size}: leave the flag out")
-    recipes = {name: {**recipe, **fixed} for name, recipe in RECIPES.items()}
-    settings = shared.resolve_settings(given, recipes, machine)
-    if mode == "linear":
-        if checkpoint is None:
-            raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
-        for name in ("optimizer", "layer_decay", "augment", "mask_ratio", "mix", "label_smoothing",
-                     "repeat"):
-            if given.get(name, fixed[name]) != fixed[name]:
-                raise BadInput(f"{shared.spell(name, given[name])}: a linear probe trains one "
-                               "layer on features computed once; leave the flag out")
-        if settings.batch_size < 2:
-            raise BadInput("--batch-size 1: the linear probe normalises over a batch; give 2 or "
-                           "more")
-    return settings, checkpoint
+def finetune(settings: argparse.Namespace, machine: Machine) -> None:
+    """Train all weights with labels, from a pre-trained encoder or from scratch (MAE, section 4 and
+    appendix A.1)."""
+    dataset = load_labelled_data(settings, machine)
+    model = make_model("classifier", settings, machine)
+    optimizers = make_optimizers(
+        model, settings, betas=(0.9, 0.999),
+        lr_scale=lambda name: settings.layer_decay ** layers_above(name, settings.depth))
+    learner = Learner(machine.compiled(model), classify, optimizers)
+
+    def train_batches(epoch: int):
+        return labelled_batches(dataset, model.num_patches, epoch, settings)
+
+    describe("classifier", settings, machine, model, dataset)
+    if settings.benchmark:
+        return run_benchmark(learner, train_batches, settings, machine)
+    with open_run("classifier", settings.mode if settings.init else "scratch", settings,
+                  machine) as run:
+        if not run.restore(model, optimizers) and settings.init:
+            load_encoder(model, settings, machine)
+        for epoch in run.epochs_left():
+            trained, speed = train_epoch(learner, train_batches(epoch), epoch, run.progress,
+                                         settings, machine)
+            if machine.main:
+                tested = evaluate(model, classify, in_batches(dataset.test_images,
+                                                              dataset.test_labels),
+                                  machine, exact=epoch == settings.epochs)
+                run.end_epoch(trained + tested, speed, model, optimizers)
 
 
-# ------------------------------------------------------------------------------ training
+def probe(settings: argparse.Namespace, machine: Machine) -> None:
+    """Train a linear layer on the features of a frozen encoder (MAE, section 4.2 and appendix A.1).
+    The features are computed once; the main process does all of it."""
+    dataset = load_labelled_data(settings, machine)
+    if not machine.main:
+        return
+    machine = dataclasses.replace(machine, processes=1)
+    classifier = make_model("classifier", settings, machine)
+    describe("classifier", settings, machine, classifier, dataset)
+    with open_run("classifier", "linear", settings, machine) as run:
+        if not run.restore(classifier):
+            load_encoder(classifier, settings, machine)
+        features = compute_features(classifier, dataset.train_images, machine, exact=False)
+        tests = compute_features(classifier, dataset.test_images, machine, exact=True)
+        std, mean = torch.std_mean(features, dim=0)         # (D,)
+        std = (std ** 2 + 1e-6).sqrt()
+        features, tests = (features - mean) / std, (tests - mean) / std
+        head = nn.Linear(classifier.dim, len(dataset.classes), device=machine.device)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        optimizers = make_optimizers(head, settings, betas=(0.9, 0.999))
+        run.restore(head, optimizers, key="probe")
+        learner = Learner(head, classify, optimizers)
+        for epoch in run.epochs_left():
+            batches = feature_batches(features, dataset.train_labels, epoch, settings)
+            trained, speed = train_epoch(learner, batches, epoch, run.progress, settings, machine)
+            tested = evaluate(head, classify, [(tests, dataset.test_labels)], machine, exact=True)
+            fold_probe(head, mean, std, classifier.head)
+            run.end_epoch(trained + tested, speed, classifier, optimizers, probe=head.state_dict())
+
+
+# ------------------------------------------------------------------------------ batches
+
+
+def load_labelled_data(settings: argparse.Namespace, machine: Machine) -> data.Dataset:
+    """The data set on the device, with as many labels as the settings say."""
+    dataset = load_data(settings, machine)
+    if settings.labels_per_class:
+        dataset = dataset.balanced(settings.labels_per_class, settings.seed)
+    shown = len(dataset.train_images) * settings.repeat
+    settings.steps = max(1, shown // settings.batch_size)   # per epoch
+    return dataset
+
+
+def labelled_batches(dataset: data.Dataset, num_patches: int, epoch: int,
+                     settings: argparse.Namespace):
+    """The batches of an epoch: images (B, 3, H, W) of -1..1; labels (B,) or, if images are mixed,
+    (B, classes); and, if patches are left out, noise (B, N)."""
+    images, labels = dataset.train_images, dataset.train_labels
+    generator = data.seeded_generator(images.device, settings.seed, epoch)
+    order = data.epoch_order(len(images) * settings.repeat, settings.batch_size, generator)
+    for ids in order % len(images):
+        batch, targets = data.augment(images[ids], settings.augment, generator), labels[ids]
+        if settings.mix:
+            targets = F.one_hot(targets, len(dataset.classes)).float()
+            batch, targets = data.mix(batch, targets, generator)
+        if settings.mask_ratio:
+            noise = torch.rand(len(ids), num_patches, generator=generator, device=images.device)
+            yield data.scale(batch), targets, noise
+        else:
+            yield data.scale(batch), targets
+
+
+def classify(model: nn.Module, inputs: Tensor, labels: Tensor,
+             *noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, and what to log: the loss and the accuracy in percent, (2,).
+
+    inputs: images (B, 3, H, W) or features (B, D); labels: (B,), or (B, classes) as probabilities,
+    of which the likeliest counts for the accuracy; noise: (B, N), if patches are left out.
+    """
+    logits = model(inputs, *noise).float()                  # (B, classes)
+    loss = F.cross_entropy(logits, labels)
+    labels = labels if labels.ndim == 1 else labels.argmax(dim=1)
+    accuracy = 100 * (logits.argmax(dim=1) == labels).float().mean()
+    return loss, torch.stack([loss.detach(), accuracy])
+
+
+# ------------------------------------------------------------------------------ encoder
+
+
+def encoder_sizes(init: str) -> dict:
+    """The sizes of the encoder in a checkpoint. Raises BadInput, OSError."""
+    settings = data.load_checkpoint(init, "pretrain")["settings"]
+    return {name: settings[name] for name in SIZES}
+
+
+def load_encoder(classifier: mae.ViTClassifier, settings: argparse.Namespace,
+                 machine: Machine) -> None:
+    """Copy the encoder of --init into a classifier. Says so if it is unfinished, of another data set
+    or has seen the validation images. Raises BadInput, OSError."""
+    autoencoder, checkpoint = data.load_model(settings.init, "pretrain")
+    classifier.load_state_dict(autoencoder.encoder.state_dict(), strict=False)  # all but the head
+    learned, notes = checkpoint["settings"], []
+    if checkpoint["epoch"] < learned["epochs"]:
+        notes.append(f"has done {checkpoint['epoch']} of its {learned['epochs']} epochs")
+    if learned["dataset"] != settings.dataset:
+        notes.append(f"was pre-trained on {learned['dataset']}, not on {settings.dataset}")
+    elif settings.validation > learned["validation"]:
+        notes.append("has seen the validation images, without labels")
+    for note in notes if machine.main else ():
+        print(f"note: {settings.init} {note}", file=sys.stderr)
 
 
 def layers_above(name: str, depth: int) -> int:
-    """How many layers of a ViT stand above the one that a parameter belongs to: none above norm
-    and head, then the blocks from the last to the first, then the embeddings. For the layer-wise
-    decay of the learning rate (Clark et al. 2020, arXiv 2003.10555; MAE, table 9)."""
+    """How many layers of a ViT are above that of a parameter: none above norm and head, then the
+    blocks from the last to the first, then the embeddings. For the layer-wise decay of the learning
+    rate (Clark et al. 2020, arXiv 2003.10555; MAE, table 9)."""
     part, _, rest = name.partition(".")
     if part == "blocks":
         return depth - int(rest.split(".")[0])
     return depth + 1 if part in ("patch_embed", "cls_token", "pos_embed") else 0
 
 
-def classify(model: nn.Module, inputs: Tensor, labels: Tensor, *noise: Tensor):
-    """The loss, and what to log: the loss, and the accuracy in percent (of the likeliest label).
-
-    inputs: images of 0..255 (B, 3, H, W) or features (B, D); labels: (B,), or as probabilities
-    (B, classes); noise: (B, N), where patches are left out.
-    """
-    logits = model(data.scale(inputs) if inputs.ndim == 4 else inputs, *noise).float()
-    loss = F.cross_entropy(logits, labels)
-    labels = labels if labels.ndim == 1 else labels.argmax(dim=1)
-    accuracy = 100 * (logits.argmax(dim=1) == labels).float().mean()
-    return loss, torch.stack([loss, accuracy])
-
-
-def smooth(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Label smoothing (Szegedy et al. 2015, arXiv 1512.00567): a part of the probability is shared
-    by all classes: (B,) -> (B, classes)."""
-    return F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
-
-
-def epoch_batches(inputs: Tensor, labels: Tensor, settings: argparse.Namespace, num_patches: int,
-                  epoch: int):
-    """The global batches of an epoch: inputs (B, ...), labels (B,) or, where images are mixed or
-    labels smoothed, (B, classes), and, where patches are left out, noise (B, N)."""
-    device = inputs.device
-    generator = data.seeded_generator(device, settings.seed, epoch)
-    count = len(inputs) * settings.repeat
-    for ids in data.epoch_order(count, settings.batch_size, generator) % len(inputs):
-        images, targets = data.augment(inputs[ids], settings.augment, generator), labels[ids]
-        if settings.mix or settings.label_smoothing:
-            targets = smooth(targets, settings.num_classes, settings.label_smoothing)
-        if settings.mix:
-            images, targets = data.mix(images, targets, generator)
-        if not settings.mask_ratio:
-            yield images, targets
-        else:
-            noise = torch.rand(len(ids), num_patches, generator=generator, device=device)
-            yield images, targets, noise
-
-
-@torch.no_grad()
-def test(model: nn.Module, inputs: Tensor, labels: Tensor, machine: Machine) -> list[float]:
-    """Mean loss and accuracy in percent over a whole set: inputs (n, ...), labels (n,)."""
-    model.eval()
-    total = torch.zeros(2, device=inputs.device)
-    parts = list(zip(machine.part(inputs).split(250), machine.part(labels).split(250)))
-    with machine.eager(), machine.autocast():
-        for part in shared.with_progress("testing", parts, machine):
-            if len(part[0]):
-                total += classify(model, *part)[1] * len(part[0])
-    return (machine.sum(total) / len(inputs)).tolist()
-
-
 # ------------------------------------------------------------------------------ linear probe
 
 
-@torch.no_grad()
-def compute_features(model: mae.ViTClassifier, images: Tensor, machine: Machine) -> Tensor:
-    """What the frozen encoder makes of each image, once: uint8 (n, 3, H, W) -> (n, D)."""
-    model.eval()
-    parts = shared.with_progress("computing features", images.split(250), machine)
-    with machine.autocast():
-        return torch.cat([model.features(data.scale(part)).float() for part in parts])
-
-
-def make_probe(model: mae.ViTClassifier) -> nn.Sequential:
-    """Batch normalisation without affine parameters, then a linear layer (MAE, appendix A.1)."""
-    head = nn.Linear(model.dim, model.head.out_features)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return nn.Sequential(nn.BatchNorm1d(model.dim, affine=False, eps=1e-6), head)
+def check_linear(settings: argparse.Namespace) -> None:
+    """Raises BadInput if a setting means nothing to a linear probe."""
+    if not settings.init:
+        raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
+    fixed = dict({name: LINEAR[name] for name in ("optimizer", "layer_decay", "augment",
+                                                  "mask_ratio", "mix")}, repeat=1, benchmark=False)
+    for name, value in fixed.items():
+        if getattr(settings, name) != value:
+            raise BadInput(f"--{name.replace('_', '-')}: a linear probe trains one layer on features "
+                           "that are computed once; leave the flag out")
 
 
 @torch.no_grad()
-def fold_probe(probe: nn.Sequential, head: nn.Linear) -> None:
-    """Write normalisation and linear layer of the probe into the classifier's one linear layer:
+def compute_features(classifier: mae.ViTClassifier, images: Tensor, machine: Machine,
+                     exact: bool) -> Tensor:
+    """What the head reads of each image: uint8 (n, 3, H, W) -> (n, D). exact: in float32."""
+    classifier.eval()
+    progress, features = data.Progress(len(images)), []
+    with contextlib.nullcontext() if exact else machine.autocast():
+        for batch, in in_batches(images):
+            features.append(classifier.features(batch).float())
+            if progress.advance(len(batch)):
+                progress.show("computing features")
+    return torch.cat(features)
+
+
+def feature_batches(features: Tensor, labels: Tensor, epoch: int, settings: argparse.Namespace):
+    """The batches of an epoch: features (B, D), labels (B,)."""
+    generator = data.seeded_generator(features.device, settings.seed, epoch)
+    for ids in data.epoch_order(len(features), settings.batch_size, generator):
+        yield features[ids], labels[ids]
+
+
+@torch.no_grad()
+def fold_probe(probe: nn.Linear, mean: Tensor, std: Tensor, head: nn.Linear) -> None:
+    """Write the probe, which reads normalised features, into the head, which reads plain ones:
     W (x - m) / s + b = (W / s) x + (b - (W / s) m)."""
-    normalize, linear = probe
-    weight = linear.weight / (normalize.running_var + normalize.eps).sqrt()
-    head.weight.copy_(weight)
-    head.bias.copy_(linear.bias - weight @ normalize.running_mean)
+    head.weight.copy_(probe.weight / std)
+    head.bias.copy_(probe.bias - head.weight @ mean)
 
 
-# ------------------------------------------------------------------------------ the program
+# ------------------------------------------------------------------------------ evaluation
 
 
-def main(argv: list[str] | None = None) -> None:
-    given = shared.parse_flags(make_parser(), argv)
-    if "evaluate" in given:
-        for name in given.keys() - {"evaluate", "dataset", "data_dir", "device", "precision"}:
-            raise BadInput(f"{shared.spell(name, given[name])} does nothing with --evaluate: leave "
-                           "it out")
-    checkpoint = init = None
-    if given.get("resume"):
-        checkpoint = shared.load_run(given["out"], "classifier")
-        settings = shared.resumed_settings(checkpoint, given)
-        given["precision"] = settings.precision
-    with shared.on_machine(given) as machine:
-        if "evaluate" in given:
-            return evaluate(given, machine)
-        if not checkpoint:
-            settings, init = resolve_settings(given, machine)
-        finetune(settings, checkpoint, init, given, machine)
-
-
-def evaluate(given: dict, machine: Machine) -> None:
-    """Print the test accuracy of a saved classifier. Raises BadInput."""
-    checkpoint = data.load_checkpoint(given["evaluate"], "classifier")
-    settings = argparse.Namespace(**{**checkpoint["settings"], "limit": None, "validation": 0,
-                                     **given})
-    vars(settings).pop("images", None)                      # the counts it learned from
-    model = shared.build("classifier", settings)
-    data.load_weights(model, checkpoint["model"], given["evaluate"])
-    dataset = shared.load_data(settings, machine)
-    if len(dataset.classes) != settings.num_classes:
-        raise BadInput(f"{given['evaluate']} tells {settings.num_classes} classes apart, "
-                       f"{dataset.name} has {len(dataset.classes)}: name the right data set with "
-                       "--dataset")
-    if machine.main and dataset.name != checkpoint["settings"]["dataset"]:
-        print(f"note: it learned from {checkpoint['settings']['dataset']}, not from {dataset.name}",
-              file=sys.stderr)
-    model.to(machine.device)
-    loss, accuracy = test(model, dataset.test_images, dataset.test_labels, machine)
-    if machine.main:
+def evaluate_classifier(argv: list[str]) -> None:
+    """Print the test accuracy of a saved classifier, in float32 unless --precision says otherwise.
+    Raises BadInput, OSError."""
+    parser = data.Parser(description=HELP)
+    parser.add_argument("--evaluate", metavar="CHECKPOINT", required=True)
+    parser.add_flags({name: data.FLAGS["classifier"][name] for name in (
+        "dataset", "data_dir", "device", "precision")})
+    parser.set_defaults(dataset=None, precision="fp32")
+    given = parser.parse_args(argv)
+    model, checkpoint = data.load_model(given.evaluate, "classifier")
+    learned = checkpoint["settings"]
+    settings = argparse.Namespace(**learned | vars(given) | dict(
+        dataset=given.dataset or learned["dataset"], limit=None, validation=0, compile=False))
+    with on_machine(settings) as machine:
+        dataset = load_data(settings, machine)
+        if len(dataset.classes) != model.head.out_features:
+            raise BadInput(f"{given.evaluate} distinguishes {model.head.out_features} classes, "
+                           f"{dataset.name} has {len(dataset.classes)}: name its data set with "
+                           "--dataset")
+        if not machine.main:
+            return
+        if dataset.name != learned["dataset"]:
+            print(f"note: it was trained on {learned['dataset']}, not on {dataset.name}",
+                  file=sys.stderr)
+        batches = in_batches(dataset.test_images, dataset.test_labels)
+        loss, accuracy = evaluate(model.to(machine.device), classify, batches, machine, exact=False)
         print(f"{dataset.name}, {len(dataset.test_images):,} test images: loss {loss:.4f}\n"
               f"test accuracy {accuracy:.2f} %")
-
-
-def usual_folder(settings: argparse.Namespace) -> Path:
-    """Where a run goes that was given no --out."""
-    kind = settings.mode if settings.init else "scratch"
-    labels = f"-{settings.labels_per_class}-labels" if settings.labels_per_class else ""
-    held_out = "-validation" if settings.validation else ""
-    return Path("runs") / f"{kind}{held_out}-{settings.dataset}-{settings.recipe}{labels}"
-
-
-def load_encoder(classifier: mae.ViTClassifier, init: dict, path: str) -> None:
-    """The encoder of a checkpoint of pretrain.py under the head that is there. Raises BadInput."""
-    encoder = {name.removeprefix("encoder."): value for name, value in init["model"].items()
-               if name.startswith("encoder.")}
-    head = {f"head.{name}": value for name, value in classifier.head.state_dict().items()}
-    data.load_weights(classifier, {**encoder, **head}, path)
-
-
-def note_pretraining(init: dict, settings: argparse.Namespace) -> None:
-    """Say where the encoder is unfinished or has seen the validation images."""
-    learned = init["settings"]
-    if init["epoch"] < learned["epochs"]:
-        print(f"note: {settings.init} has done {init['epoch']} of its {learned['epochs']} epochs",
-              file=sys.stderr)
-    if settings.validation > learned.get("validation", 0):
-        print(f"note: {settings.init} has seen the validation images, without labels",
-              file=sys.stderr)
-
-
-def finetune(settings: argparse.Namespace, checkpoint: dict | None, init: dict | None, given: dict,
-             machine: Machine) -> None:
-    benchmark = given.get("benchmark", False)
-    if benchmark:
-        shared.shorten_steps(settings, given, machine)
-    dataset = shared.load_data(settings, machine)
-    if settings.labels_per_class:
-        dataset = dataset.balanced(settings.labels_per_class, settings.seed)
-    settings.num_classes = len(dataset.classes)
-    classifier = shared.build("classifier", settings)
-    tokens = 1 + classifier.count_visible()
-    if settings.mode == "linear":
-        if settings.micro_batch_size:
-            raise BadInput("--micro-batch-size does nothing with --mode linear: leave it out")
-        machine = dataclasses.replace(machine, processes=1)     # each trains the same small probe
-        micro = settings.batch_size
-    else:
-        micro = shared.fit_micro_batch(settings, machine, tokens * settings.dim * settings.depth)
-    out = given.get("out") or usual_folder(settings)
-    if init:
-        load_encoder(classifier, init, settings.init)
-        if machine.main:
-            note_pretraining(init, settings)
-    if checkpoint:
-        data.load_weights(classifier, checkpoint["model"], out)
-    elif machine.main and not benchmark:
-        shared.check_free(out, "finetune.py")               # early; again under the lock
-
-    steps = max(1, len(dataset.train_images) * settings.repeat // settings.batch_size)
-    images = steps * settings.batch_size
-    if machine.main:
-        shared.describe_run(settings, machine, dataset, steps, micro, classifier,
-                            None if benchmark else out, checkpoint["epoch"] if checkpoint else 0)
-        print(f"start      {settings.init or 'from scratch'}, mode {settings.mode}", flush=True)
-    plain, train_inputs, test_inputs = classifier, dataset.train_images, dataset.test_images
-    if settings.mode == "linear":
-        classifier.to(machine.device)
-        plain = make_probe(classifier)
-        train_inputs = compute_features(classifier, dataset.train_images, machine)
-        test_inputs = compute_features(classifier, dataset.test_images, machine)
-        if checkpoint:
-            data.load_weights(plain, checkpoint["probe"], out)
-    model = shared.prepare_model(plain, machine)
-    optimizers = shared.make_optimizers(
-        plain, settings, betas=(0.9, 0.999),
-        lr_scale=lambda name: settings.layer_decay ** layers_above(name, settings.depth))
-    log = shared.restore(optimizers, checkpoint)
-
-    def batches(epoch: int):
-        return epoch_batches(train_inputs, dataset.train_labels, settings, classifier.num_patches,
-                             epoch)
-
-    pace = shared.Pace()
-
-    def save() -> None:
-        more = {}
-        if settings.mode == "linear":
-            fold_probe(plain, classifier.head)
-            more = {"probe": plain.state_dict()}
-        shared.save_epoch(out, "classifier", settings, classifier, optimizers, log, pace, **more)
-
-    if benchmark:
-        return shared.run_benchmark(model, classify, batches, optimizers, micro, settings, machine)
-    if settings.mode == "finetune":                         # a probe takes seconds
-        tests = len(test_inputs) * (1 + classifier.num_patches) / tokens / 3    # forward alone
-        left = settings.epochs - len(log)
-        shared.say_expected(model, classify, batches(0), (images + tests) * left, steps * left,
-                            optimizers, micro, machine)
-    with shared.run_folder(out, "finetune.py", checkpoint is not None, machine):
-        if machine.main:
-            shared.begin_run(out, save, log, settings, machine, micro)
-        started = time.monotonic()
-        for epoch in range(len(log) + 1, settings.epochs + 1):
-            begun = time.monotonic()
-            train_loss, train_accuracy = shared.train_epoch(
-                model, classify, batches(epoch), steps, optimizers, epoch, micro, settings, machine)
-            speed = images / (time.monotonic() - begun)
-            test_loss, test_accuracy = test(plain, test_inputs, dataset.test_labels, machine)
-            values = {"train_loss": train_loss, "train_accuracy": train_accuracy,
-                      "test_loss": test_loss, "test_accuracy": test_accuracy}
-            log.append(shared.log_row(epoch, values, shared.learning_rate(settings, epoch),
-                                      time.monotonic() - started, speed, machine))
-            started = time.monotonic()
-            if not machine.main:
-                continue
-            save()
-            print(f"epoch {epoch}/{settings.epochs}  train {train_loss:.4f} "
-                  f"{train_accuracy:.2f} %  test {test_loss:.4f} {test_accuracy:.2f} %  "
-                  f"{log[-1]['images_per_second']:,.0f} images/s  "
-                  f"{shared.time_left(log, settings.epochs)} left", flush=True)
-        if machine.main:
-            shared.draw_log(out, dataset, log)
-            print(f"done: {out}, {shared.tested_on(settings)} accuracy "
-                  f"{log[-1]['test_accuracy']:.2f} %", flush=True)
 
 
 if __name__ == "__main__":

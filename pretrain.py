@@ -1,24 +1,35 @@
 """Pre-train a masked autoencoder: `python pretrain.py`.
 
-What goes in: unlabelled images. What comes out: a run folder with the settings (config.json), a
-row an epoch (log.csv), the weights (checkpoint.pt; at the end also weights.pt, in half precision),
-reconstructions of the same test images as training goes on, and the curves.
+Input: images without labels. Output: a run folder with the settings (config.json), one row per epoch
+(log.csv), the state to resume from (checkpoint.pt), the final weights in half precision
+(weights.pt), reconstructions of the same test images as training goes on, and curves.
 
-Read from the bottom: `main` is the story. Above it, in the order that it uses them:
+Read from top to bottom: recipes, `main`, the story (`pretrain`), and then what the story calls, in
+this order:
 
-    settings      flags, recipes, what they resolve to
-    machine       processes, device, precision, compilation, memory
-    optimisation  MAE, appendix A.1: AdamW, linear warm-up, half-cycle cosine; Muon
-    run folder    start, go on, save an epoch
+    settings      the command line, over a recipe or over the run that is resumed
+    machine       processes, device, precision, compilation
+    training      one epoch: gradients, learning rate, evaluation
+    optimizers    AdamW and Muon
+    run folder    log, checkpoints, resuming
+    benchmark
 
-`finetune.py` uses the same pieces. Several processes: `torchrun --nproc-per-node 8 pretrain.py`.
+`finetune.py` uses these parts too. Several processes: `torchrun --nproc-per-node 8 pretrain.py`.
+
+Sources:
+    MAE   He et al. 2021, Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377
+    Muon  Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
 """
+import signal
+
+if __name__ == "__main__":      # Ctrl-C ends the program at once: a run can be killed at any time
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
-import copy
 import csv
 import ctypes
-import importlib.util
+import dataclasses
 import io
 import itertools
 import json
@@ -27,13 +38,12 @@ import os
 import platform
 import shlex
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
-import sysconfig
+import textwrap
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,189 +53,178 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import mae
 import visualize
 from data import BadInput
-
-try:
-    import fcntl
-    import resource
-except ImportError:             # on Windows: no lock on run folders, no memory in the log
-    fcntl = resource = None
-
-
-# ------------------------------------------------------------------------------ settings
 
 MODELS = {
     "full": dict(patch_size=2, dim=192, depth=12, heads=3),     # ViT-Tiny
     "laptop": dict(patch_size=4, dim=128, depth=6, heads=4),
 }
-RECIPES = {
+RECIPES = {                     # warmup: part of the epochs in which the learning rate rises
     "full": dict(
         MODELS["full"], decoder_dim=192, decoder_depth=4, decoder_heads=3, mask_ratio=0.75,
-        norm_pix_loss=False, epochs=2000, warmup_epochs=200, batch_size=4096, base_lr=1.5e-4,
-        optimizer="adamw", weight_decay=0.05, augment="none", picture_every=50),
+        norm_pix_loss=False, epochs=2000, warmup=0.1, batch_size=4096, base_lr=1.5e-4,
+        optimizer="adamw", weight_decay=0.05, augment="none", checkpoint_every=10,
+        picture_every=50),
     "laptop": dict(
         MODELS["laptop"], decoder_dim=64, decoder_depth=1, decoder_heads=2, mask_ratio=0.75,
-        norm_pix_loss=False, epochs=3, warmup_epochs=0.375, batch_size=64, base_lr=1e-2,
-        optimizer="muon", weight_decay=0.05, augment="crop", picture_every=1),
+        norm_pix_loss=False, epochs=3, warmup=0.125, batch_size=64, base_lr=1e-2,
+        optimizer="muon", weight_decay=0.05, augment="crop", checkpoint_every=1, picture_every=1),
 }
-TEST_IMAGES = 1000      # the first ones, for the test loss
-PICTURED = 12           # the first ones of these, for the reconstructions
-BENCHMARK_SECONDS = 15  # at least
-FREE_SECONDS = 0.1      # a checkpoint written in this time is written after every epoch
+TEST_IMAGES = 1000              # the first ones, for the test loss
+PICTURED = 12                   # the first ones of these, for the reconstructions
+BENCHMARK_SECONDS = 15          # at least
 
 
-def add_flag(parser: data.Parser, recipes: dict, flag: str, text: str, **kwargs) -> None:
-    """A flag whose default is the recipe's; the help says which that is."""
-    name = flag.removeprefix("--").replace("-", "_")
-    values = [f"{recipe}: {values[name]}" for recipe, values in recipes.items() if name in values]
-    text += f" ({', '.join(values)})" if values else ""
-    parser.add_argument(flag, help=text.replace("%", "%%"), **kwargs)
+def main(argv: list[str] | None = None) -> None:
+    first = parse_first(argv, RECIPES)
+    if first.resume:
+        defaults = read_settings(first.out, "pretrain")
+    else:
+        defaults = dict(RECIPES[first.recipe], recipe=first.recipe)
+    settings = parse_settings("pretrain", "Pre-train a masked autoencoder.", defaults, argv)
+    with on_machine(settings) as machine:
+        pretrain(settings, machine)
 
 
-def add_common_flags(parser: data.Parser, recipes: dict) -> None:
-    """The flags that pretrain.py and finetune.py share."""
-    def flag(name: str, text: str, **kwargs) -> None:
-        add_flag(parser, recipes, name, text, **kwargs)
+def pretrain(settings: argparse.Namespace, machine: "Machine") -> None:
+    """Hide most of each training image, predict it, and keep a run folder while doing so (MAE,
+    section 3 and appendix A.1)."""
+    dataset = load_data(settings, machine)
+    model = make_model("pretrain", settings, machine)
+    optimizers = make_optimizers(model, settings, betas=(0.9, 0.95))
+    learner = Learner(machine.compiled(model), masked_loss, optimizers)
+    N = model.encoder.num_patches
 
-    positive, switch = data.number(int, 1, 10**6), argparse.BooleanOptionalAction
-    flag("--recipe", "set of defaults; any flag given by hand wins (auto: full on CUDA, else "
-         "laptop)", choices=["auto", *recipes])
-    flag("--dataset", "auto is CIFAR-10 where it is or can be downloaded, else the drawn shapes "
-         "(auto)", choices=["auto", *data.SOURCES])
-    flag("--data-dir", "folder of the data sets' folders (data)", metavar="DIR")
-    flag("--limit", "use the first N training images only (all)", type=positive, metavar="N")
-    flag("--validation", "test on the last N training images and train on the others, for choosing "
-         "settings (0: the test images)", type=data.number(int, 0, 10**6), metavar="N")
-    flag("--epochs", "passes over the training images", type=positive, metavar="N")
-    flag("--warmup-epochs", "epochs in which the learning rate rises from 0; if not given, "
-         "scaled with --epochs",
-         type=data.number(float, 0), metavar="N")
-    flag("--batch-size", "images per optimizer step, over all processes", type=positive,
-         metavar="N")
-    flag("--micro-batch-size", "images at once in one process; their gradients add up to those of "
-         "the batch (what fits in memory)", type=positive, metavar="N")
-    flag("--base-lr", "learning rate for a batch of 256; the one used is LR x batch size / 256",
-         type=data.number(float, 0, open_ends=True), metavar="LR")
-    flag("--optimizer", "muon: orthogonalized steps for the matrices of the blocks, AdamW for the "
-         "rest", choices=["adamw", "muon"])
-    flag("--weight-decay", "on weight matrices only", type=data.number(float, 0),
-         metavar="W")
-    flag("--patch-size", "side of a patch in pixels", type=positive, metavar="P")
-    flag("--dim", "width of the encoder", type=positive, metavar="D")
-    flag("--depth", "blocks of the encoder", type=positive, metavar="N")
-    flag("--heads", "attention heads of the encoder", type=positive, metavar="N")
-    flag("--augment", "flip: mirrored or not; crop: flips, and shifts by up to 4 pixels",
-         choices=["none", "flip", "crop"])
-    flag("--seed", "of weights, order, augmentation and masks (0)",
-         type=data.number(int, 0, 2**32 - 1), metavar="S")
-    flag("--device", "(auto: cuda, else mps, else cpu)", choices=["auto", "cpu", "cuda", "mps"])
-    flag("--precision", "bf16 runs matrix products in bfloat16 (auto: bf16 where the processor "
-         "multiplies it in hardware)", choices=["auto", "fp32", "bf16"])
-    flag("--compile", "compile the model with torch.compile (auto: on CUDA)", action=switch)
-    flag("--out", "run folder (runs/KIND-DATASET-RECIPE; the program prints which)",
-         metavar="RUN", type=Path)
-    flag("--resume", "go on with the run in --out, with its own settings", action="store_const",
-         const=True)
-    flag("--benchmark", "print this machine's speed with these settings and write nothing",
-         action="store_const", const=True)
+    def train_batches(epoch: int):
+        return mae_batches(dataset.train_images, N, epoch, settings)
+
+    test_images = dataset.test_images[:TEST_IMAGES]
+    test_noise = torch.rand(len(test_images), N, generator=data.seeded_generator("cpu", 0))
+    test_noise = test_noise.to(machine.device)              # the same masks on every device
+
+    describe("pretrain", settings, machine, model, dataset)
+    if settings.benchmark:
+        return run_benchmark(learner, train_batches, settings, machine)
+    with open_run("pretrain", "pretrain", settings, machine) as run:
+        run.restore(model, optimizers)
+        caption = f"{dataset.title} {test_name(settings)} images · {run.out.resolve().name}"
+        for epoch in run.epochs_left():
+            loss, speed = train_epoch(learner, train_batches(epoch), epoch, run.progress, settings,
+                                      machine)
+            if machine.main:
+                test_loss = evaluate(model, masked_loss, in_batches(test_images, test_noise),
+                                     machine, exact=epoch == settings.epochs)
+                run.check_still_there()
+                if epoch % settings.picture_every == 0 or epoch in (1, settings.epochs):
+                    visualize.save_epoch(run.out / "reconstructions", epoch, model,
+                                         test_images[:PICTURED], test_noise[:PICTURED], caption)
+                run.end_epoch(loss + test_loss, speed, model, optimizers)
 
 
-def make_parser() -> data.Parser:
-    parser = data.Parser(allow_abbrev=False, description="Pre-train a masked autoencoder. Defaults "
-                         "are in parentheses, per recipe where they differ.")
-    add_common_flags(parser, RECIPES)
-    positive = data.number(int, 1, 10**6)
-
-    def flag(name: str, text: str, **kwargs) -> None:
-        add_flag(parser, RECIPES, name, text, **kwargs)
-
-    flag("--mask-ratio", "part of the patches that is hidden, between 0 and 1", metavar="R",
-         type=data.number(float, 0, 1, open_ends=True))
-    flag("--norm-pix-loss", "predict each patch normalised by its own mean and deviation",
-         action=argparse.BooleanOptionalAction)
-    flag("--decoder-dim", "width of the decoder", type=positive, metavar="D")
-    flag("--decoder-depth", "blocks of the decoder", type=positive, metavar="N")
-    flag("--decoder-heads", "attention heads of the decoder", type=positive, metavar="N")
-    flag("--picture-every", "draw reconstructions every N epochs, and after the first and the last",
-         type=positive, metavar="N")
-    return parser
+def mae_batches(images: Tensor, num_patches: int, epoch: int, settings: argparse.Namespace):
+    """The batches of an epoch: images (B, 3, H, W) of -1..1, noise (B, N)."""
+    generator = data.seeded_generator(images.device, settings.seed, epoch)
+    for ids in data.epoch_order(len(images), settings.batch_size, generator):
+        batch = data.augment(images[ids], settings.augment, generator)
+        noise = torch.rand(len(ids), num_patches, generator=generator, device=images.device)
+        yield data.scale(batch), noise
 
 
-def parse_flags(parser: data.Parser, argv: list[str] | None) -> dict:
-    """The flags that were given by hand. Raises BadInput."""
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items()
-             if value is not None}
-    if given.get("resume") and "out" not in given:
-        raise BadInput("--resume needs --out RUN, the run to go on with")
-    if given.get("benchmark") and "out" in given and not given.get("resume"):
-        raise BadInput("--out does nothing with --benchmark: leave it out")
-    return given
+def in_batches(images: Tensor, *others: Tensor):
+    """Images uint8 (n, 3, H, W) and what belongs to each, 250 at a time, the images scaled."""
+    for batch, *rest in zip(images.split(250), *(other.split(250) for other in others)):
+        yield data.scale(batch), *rest
 
 
-NOT_KEPT = {"out", "resume", "benchmark", "device", "compile", "recipe", "precision"}
-MAY_CHANGE = {"out", "resume", "benchmark", "device", "precision", "compile", "data_dir",
-              "micro_batch_size", "picture_every"}  # where and how a run runs, not what it learns
+def masked_loss(model: nn.Module, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 3, H, W), (B, N) -> the loss, and what to log: the loss, (1,)."""
+    loss, _, _ = model(images, noise)
+    return loss, loss.detach()[None]
 
 
-def spell(name: str, value) -> str:
-    """A flag as it was given."""
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {value}"
+# ------------------------------------------------------------------------------ settings
+
+MAY_CHANGE = {"data_dir", "device", "precision", "compile", "micro_batch_size", "checkpoint_every",
+              "picture_every"}  # when a run is resumed: where and how it runs, not what it learns
 
 
-def resolve_settings(given: dict, recipes: dict, machine: "Machine") -> argparse.Namespace:
-    """The recipe's values, and over them those given by hand. Raises BadInput."""
-    recipe = given.get("recipe", "auto")
-    if recipe == "auto":
-        recipe = "full" if machine.device.type == "cuda" else "laptop"
-    common = dict(dataset="auto", data_dir="data", limit=None, validation=0,
-                  micro_batch_size=None, seed=0)
-    chosen = {name: value for name, value in given.items() if name not in NOT_KEPT}
-    settings = argparse.Namespace(**{**common, **recipes[recipe], **chosen})
-    settings.recipe, settings.precision = recipe, machine.precision
-    if "warmup_epochs" not in given:                        # the same share of the epochs
-        settings.warmup_epochs *= settings.epochs / recipes[recipe]["epochs"]
-    settings.command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+def parse_first(argv: list[str] | None, recipes: dict) -> argparse.Namespace:
+    """The flags that decide the defaults of the others. Raises BadInput."""
+    flags = data.FLAGS["classifier"] | data.RUN_FLAGS
+    parser = data.Parser(add_help=False)
+    parser.add_flags({name: flags[name] for name in ("init", "mode", "out", "resume")})
+    parser.add_argument("--recipe", choices=list(recipes),
+                        default="full" if torch.cuda.is_available() else "laptop")
+    first, _ = parser.parse_known_args(argv)
+    if first.resume and not first.out:
+        raise BadInput("--resume needs --out RUN, the run to continue")
+    return first
+
+
+def parse_settings(kind: str, text: str, defaults: dict,
+                   argv: list[str] | None) -> argparse.Namespace:
+    """The settings: the command line, over `defaults`. Raises BadInput.
+
+    defaults: the values of a recipe or, with --resume, of the run, which they may not contradict.
+    """
+    parser = data.Parser(description=text)
+    parser.add_flags(data.FLAGS[kind] | data.RUN_FLAGS)
+    parser.set_defaults(**defaults)
+    settings = parser.parse_args(argv)
+    if settings.benchmark and (settings.out or settings.resume):
+        raise BadInput("--benchmark leaves no run: leave out --out and --resume")
+    if settings.resume:
+        check_same_run(settings, defaults)
+    if settings.warmup_epochs is None:
+        settings.warmup_epochs = settings.warmup * settings.epochs
     if settings.warmup_epochs > settings.epochs:
-        raise BadInput(f"--warmup-epochs {settings.warmup_epochs} is longer than --epochs "
+        raise BadInput(f"--warmup-epochs {settings.warmup_epochs:g} is longer than --epochs "
                        f"{settings.epochs}")
+    settings.data_dir = os.path.abspath(settings.data_dir)  # resuming may start elsewhere
     return settings
 
 
-def resumed_settings(checkpoint: dict, given: dict) -> argparse.Namespace:
-    """The run's own settings. Raises BadInput where a flag contradicts them."""
-    settings = argparse.Namespace(**{"validation": 0, **checkpoint["settings"]})    # not in older
-    epoch = checkpoint["epoch"]
-    before = settings.epochs, learning_rate(settings, epoch)
-    for name, value in given.items():
-        own = getattr(settings, name, None)
-        raised = name == "epochs" and value > own
-        if value in (own, "auto") or name in MAY_CHANGE and not hasattr(settings, name):
-            continue
-        if not raised and name not in MAY_CHANGE:
-            raise BadInput(f"{spell(name, value)} contradicts the run in {given['out']}, which has "
-                           f"{'none' if own is None else own}: leave the flag out, or start "
-                           "another run with another --out")
-        setattr(settings, name, value)
-    if settings.epochs > before[0] and data.is_main_process():
-        print(f"schedule: the cosine now ends after epoch {settings.epochs} instead of {before[0]};"
-              f" the learning rate after epoch {epoch} is {learning_rate(settings, epoch):.3g} "
-              f"instead of {before[1]:.3g}")
+def check_same_run(settings: argparse.Namespace, own: dict) -> None:
+    """Raises BadInput if the settings would change what the resumed run learns, except that there
+    may be more epochs."""
+    for name, value in own.items():
+        new = getattr(settings, name)
+        if new != value and name not in MAY_CHANGE and not (name == "epochs" and new > value):
+            raise BadInput(f"--{name.replace('_', '-')}: the run in {settings.out} has {value}, not "
+                           f"{new}; leave the flag out, or start another run")
+    if settings.epochs > own["epochs"] and data.is_main_process():
+        print(f"schedule: the cosine now ends after epoch {settings.epochs}, not {own['epochs']}, "
+              "so the learning rate rises again")
+
+
+def read_settings(out: Path, kind: str) -> dict:
+    """The settings of the run in a folder. Raises BadInput."""
+    try:
+        settings = json.loads((out / "config.json").read_text())["settings"]
+    except FileNotFoundError:
+        raise BadInput(f"--resume: {out} does not hold a run") from None
+    except (ValueError, KeyError, TypeError):
+        settings = None
+    if not data.are_settings(settings, kind):
+        program = "pretrain.py" if kind == "pretrain" else "finetune.py"
+        raise BadInput(f"{out / 'config.json'} does not hold the settings of a run of {program}")
     return settings
+
+
+def test_name(settings: argparse.Namespace) -> str:
+    """What the images of the test losses and accuracies are called."""
+    return "validation" if settings.validation else "test"
 
 
 # ------------------------------------------------------------------------------ machine
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Machine:
     """Where a program runs: this process, its device, how it computes."""
     device: torch.device
@@ -237,17 +236,20 @@ class Machine:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that downloads, writes and prints."""
+        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     def autocast(self):
         """Matrix products in bfloat16; weights, LayerNorms and losses stay in float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def eager(self):
-        """Run the model as it is written, not as compiled: for batches of other sizes."""
-        return (torch.compiler.set_stance("force_eager") if self.compile
-                else contextlib.nullcontext())
+    def compiled(self, model: nn.Module) -> nn.Module:
+        """The same model, sharing its weights, for training."""
+        return torch.compile(model) if self.compile else model
+
+    def part(self, batch: Tensor) -> Tensor:
+        """This process's part of a batch: (B, ...) -> about (B / processes, ...)."""
+        return batch.tensor_split(self.processes)[self.rank]
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, in place."""
@@ -255,20 +257,48 @@ class Machine:
             dist.all_reduce(values)
         return values
 
-    def part(self, batch: Tensor) -> Tensor:
-        """This process's part of a global batch: (B, ...) -> (B / processes, ...)."""
-        return batch.tensor_split(self.processes)[self.rank % self.processes]
 
-    def describe(self) -> str:
-        name = (torch.cuda.get_device_name() if self.device.type == "cuda"
-                else f"{torch.get_num_threads()} threads")
-        return (f"{self.device.type} ({name}), {self.precision}, "
-                f"{'compiled' if self.compile else 'not compiled'}"
-                + (f", {self.processes} processes" if self.processes > 1 else ""))
+@contextlib.contextmanager
+def on_machine(settings: argparse.Namespace):
+    """Decide what is "auto" in the settings, join the other processes if torchrun started several,
+    and yield a Machine. Raises BadInput if the device is missing or cannot do what is asked."""
+    rank, local_rank, processes = (int(os.environ.get(name, default)) for name, default in
+                                   (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if settings.device == "auto":
+        settings.device = next(name for name in there if there[name])
+    name = settings.device
+    if not there[name]:
+        raise BadInput(f"--device {name}: torch finds no such device here, choose another")
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise BadInput(f"process {local_rank + 1} on this machine finds "
+                       f"{torch.cuda.device_count()} GPUs: start as many processes as GPUs")
+    if processes > settings.batch_size:
+        raise BadInput(f"--batch-size {settings.batch_size} is too small for {processes} processes")
+    device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    if name == "cuda":
+        torch.cuda.set_device(device)
+    if settings.precision == "auto":
+        settings.precision = "bf16" if multiplies_bf16(name) else "fp32"
+    if settings.precision == "bf16" and not multiplies_bf16(name) and rank == 0:
+        print(f"note: this {name} has no matrix products in bfloat16; --precision fp32 is faster",
+              file=sys.stderr)
+    settings.compile = decide_to_compile(settings.compile, device)
+    if settings.micro_batch_size is None:
+        settings.micro_batch_size = 512 if name == "cuda" else 64
+    keep_freed_memory()
+    if processes > 1:                                       # the main process may download for long
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=1),
+                                device_id=device if name == "cuda" else None)
+    yield Machine(device, settings.precision, settings.compile, rank, local_rank, processes)
+    if processes > 1:                                       # not after an error: nobody would answer
+        dist.barrier()                                      # leave together, or gloo may abort
+        dist.destroy_process_group()
 
 
 def multiplies_bf16(device: str) -> bool:
-    """Whether the processor has matrix products in bfloat16 (on x86 AMX or AVX512-BF16)."""
+    """Whether the processor has matrix products in bfloat16 (on x86: AMX or AVX512-BF16)."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "cpu":
@@ -277,74 +307,25 @@ def multiplies_bf16(device: str) -> bool:
     return False
 
 
-def missing_to_compile(device: str) -> str:
-    """What torch.compile would look for in vain: a compiler, Python's headers, Triton; or ""."""
-    if device == "cuda":                                    # see triton.runtime.build
-        variable, usual = "CC", ["gcc", "clang"]
-    else:                                                   # see torch._inductor.config.cpp.cxx
-        variable, usual = "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
-    compilers = [os.environ[variable]] if os.environ.get(variable) else usual
-    if not any(map(shutil.which, compilers)):
-        return f"a compiler ({' or '.join(compilers)})"
-    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
-        return "Python.h (a package like python3-dev)"
-    return "triton" if device == "cuda" and not importlib.util.find_spec("triton") else ""
-
-
-@contextlib.contextmanager
-def on_machine(given: dict):
-    """Find the device, join the other processes where torchrun started several; yield a Machine.
-
-    Raises BadInput where the device is not there or cannot do what was asked for.
-    """
-    rank, local_rank, processes = 0, 0, 1
-    if "LOCAL_RANK" in os.environ:                          # set by torchrun
-        rank, local_rank, processes = (int(os.environ[name])
-                                       for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    name = given.get("device", "auto")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    if name == "auto":
-        name = next(device for device in there if there[device])
-    if not there[name]:
-        raise BadInput(f"--device {name}: torch finds no such device here; leave the flag out to "
-                       "use what there is")
-    precision = given.get("precision", "auto")
-    if precision == "auto":
-        precision = "bf16" if multiplies_bf16(name) else "fp32"
-    elif precision == "bf16" and not multiplies_bf16(name):
-        if name != "cpu":
-            raise BadInput(f"--precision bf16: this {name} device cannot; use fp32")
-        if rank == 0:
-            print("note: this processor has no products in bfloat16; --precision fp32 is faster",
-                  file=sys.stderr)
-    if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise BadInput(f"process {local_rank + 1} on this machine finds "
-                       f"{torch.cuda.device_count()} GPUs: start as many processes as GPUs")
-    device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-    if name == "cuda":
-        torch.cuda.set_device(device)
-    missing = missing_to_compile(name)
-    if given.get("compile") and missing:
-        raise BadInput(f"--compile needs {missing}: install it, or leave the flag out")
-    if name == "cuda" and missing and "compile" not in given and rank == 0:
-        print(f"note: without {missing} the model is not compiled, which costs speed",
-              file=sys.stderr)
-    compiled = given.get("compile", name == "cuda" and not missing)
-    keep_freed_memory()
-    if local_rank == 0:         # it may be downloading or writing; the others can die at once
-        stop_on_sigterm()
-    if processes > 1:                                       # the main process may download for long
-        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=1),
-                                device_id=device if name == "cuda" else None)
-    yield Machine(device, precision, compiled, rank, local_rank, processes)
-    if processes > 1:                                       # after an error nobody would answer
-        dist.destroy_process_group()
+def decide_to_compile(wanted: bool | None, device: torch.device) -> bool:
+    """Compile if that is asked for or, by default, on CUDA; first try it on something tiny. Raises
+    BadInput if it is asked for and does not work."""
+    if wanted is False or wanted is None and device.type != "cuda":
+        return False
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+        return True
+    except Exception as error:  # a missing compiler, headers, Triton: there is no common type
+        problem = f"torch.compile does not work here: {' '.join(str(error).split())[:200]}"
+        if wanted:
+            raise BadInput(f"--compile: {problem}") from None
+        print(f"note: {problem}; training is slower without it", file=sys.stderr)
+        return False
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed blocks of any size instead of returning them to the system, which
-    would have to hand them out and clear them again at every step."""
+    """Have glibc keep freed blocks of any size. It would return them to the system, which has to
+    hand them out and clear them again at every step."""
     with contextlib.suppress(OSError, AttributeError, TypeError):   # another C library: as it is
         libc = ctypes.CDLL(None)
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # malloc.h
@@ -352,69 +333,213 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def stop_on_sigterm() -> None:
-    """SIGTERM stops a program as Ctrl-C does."""
-    def stop(*_):
-        interrupt = KeyboardInterrupt()
-        interrupt.sigterm = True
-        raise interrupt
-    signal.signal(signal.SIGTERM, stop)
+def load_data(settings: argparse.Namespace, machine: Machine) -> data.Dataset:
+    """The data set on the device, without what --validation and --limit leave out. The main process
+    reads (and downloads) it first, then one process of each other machine, then the rest."""
+    turn = 0 if machine.main else 1 if machine.local_rank == 0 else 2
+    for now in range(3):
+        if now == turn:
+            dataset = data.load_dataset(settings.dataset, settings.data_dir)
+        if machine.processes > 1:
+            name = [dataset.name if machine.main else None]
+            dist.broadcast_object_list(name)
+            settings.dataset = name[0]                      # what "auto" has turned out to be
+            dist.barrier()
+    settings.dataset = dataset.name
+    if settings.validation:
+        dataset = dataset.hold_out(settings.validation)
+    if settings.limit:
+        dataset = dataset.first(settings.limit)
+    settings.images = [len(dataset.train_images), len(dataset.test_images)]
+    settings.steps = max(1, settings.images[0] // settings.batch_size)  # per epoch
+    return dataset.to(machine.device)
 
 
-def fit_micro_batch(settings: argparse.Namespace, machine: Machine, tokens_width: int) -> int:
-    """How many images a process computes at once: what was asked for, else what memory allows.
+def make_model(kind: str, settings: argparse.Namespace, machine: Machine) -> nn.Module:
+    """A new model, its weights fixed by the seed. Raises BadInput if its sizes do not fit."""
+    torch.manual_seed(settings.seed)
+    try:
+        return data.build_model(kind, vars(settings)).to(machine.device)
+    except ValueError as error:
+        raise BadInput(f"{error}; see --patch-size, --dim, --heads, --mask-ratio and the flags of "
+                       "the decoder") from None
 
-    tokens_width: tokens x width, summed over the blocks, of one image. Backpropagation keeps
-    about 20 numbers for each. Raises BadInput where the batch cannot be divided so.
+
+def describe(kind: str, settings: argparse.Namespace, machine: Machine, model: nn.Module,
+             dataset: data.Dataset) -> None:
+    """Print what is about to run."""
+    if not machine.main:
+        return
+    name = (torch.cuda.get_device_name() if machine.device.type == "cuda"
+            else f"{machine.device.type} with {torch.get_num_threads()} threads")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    values = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in
+                       kept(settings, kind).items() if value is not None)
+    print(f"machine    {name}, {machine.processes} process{'es' * (machine.processes > 1)}\n"
+          f"data       {dataset.title}: {len(dataset.train_images):,} training and "
+          f"{len(dataset.test_images):,} {test_name(settings)} images\n"
+          f"model      {type(model).__name__} of {parameters:,} parameters\n"
+          f"{textwrap.fill('settings   ' + values, 90, subsequent_indent=' ' * 11)}", flush=True)
+
+
+# ------------------------------------------------------------------------------ training
+
+
+@dataclasses.dataclass
+class Learner:
+    """What a training step needs: objective(model, *batch) returns a loss and what to log, (S,)."""
+    model: nn.Module
+    objective: Callable
+    optimizers: list[torch.optim.Optimizer]
+
+
+def train_epoch(learner: Learner, batches: Iterable, epoch: int, progress: data.Progress,
+                settings: argparse.Namespace, machine: Machine) -> tuple[list[float], float]:
+    """One epoch, counted from 1: the mean of what the objective logs, and the images per second.
+
+    batches: tensors (B, ...), the same in all processes. The program waits for the device only when
+    it shows progress. Raises BadInput if the loss is not finite.
     """
-    batch, micro = settings.batch_size, settings.micro_batch_size
-    if batch % machine.processes:
-        raise BadInput(f"--batch-size {batch} cannot be shared by {machine.processes} processes: "
-                       "make it a multiple")
-    local = batch // machine.processes
-    if micro is None:
-        bytes_per_image = tokens_width * 20 * (2 if machine.precision == "bf16" else 4)
-        budget = 0.6 * torch.cuda.mem_get_info()[0] if machine.device.type == "cuda" else 1e9
-        micro = max(size for size in range(1, local + 1)
-                    if local % size == 0 and (size == 1 or size * bytes_per_image <= budget))
-    if local % micro:
-        raise BadInput(f"--micro-batch-size {micro} does not divide the {local} images that each "
-                       "process has of a batch")
-    return micro
+    learner.model.train()
+    began, logged = time.monotonic(), []
+    for step, batch in enumerate(batches, start=1):
+        rate = learning_rate(settings, epoch - 1 + (step - 0.5) / settings.steps)   # mid-step
+        for optimizer in learner.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["lr_scale"]
+        logged.append(compute_gradient(learner, batch, settings, machine))
+        for optimizer in learner.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if machine.main and progress.advance():
+            progress.show(f"epoch {epoch}/{settings.epochs}  step {step}/{settings.steps}  "
+                          f"loss {logged[-1][0]:.4f}")
+    logged = machine.sum(torch.stack(logged))               # (steps, S)
+    finite = logged.isfinite().all(dim=1)
+    if not finite.all():
+        raise BadInput(f"the loss is no longer finite in epoch {epoch}, step "
+                       f"{int(finite.long().argmin()) + 1}; the last checkpoint is kept: lower "
+                       "--base-lr or raise --warmup-epochs in a new run")
+    speed = len(logged) * settings.batch_size / (time.monotonic() - began)
+    return logged.mean(dim=0).tolist(), speed
 
 
-def peak_memory_mb(device: torch.device) -> int:
-    """The most memory used so far, in MiB: the GPU's on CUDA, else the process's."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    if resource is None:
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024          # bytes there, KiB elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+def compute_gradient(learner: Learner, batch: tuple[Tensor, ...], settings: argparse.Namespace,
+                     machine: Machine) -> Tensor:
+    """Add up the gradient of a batch, micro-batch by micro-batch and over all processes. Each counts
+    by its number of images, so the sum does not depend on how the batch is divided.
 
-
-# ------------------------------------------------------------------------------ optimisation
+    Returns this process's share of the mean of what the objective logs, (S,).
+    """
+    logged = 0
+    parts = [machine.part(tensor).split(settings.micro_batch_size) for tensor in batch]
+    for micro_batch in zip(*parts):
+        weight = len(micro_batch[0]) / settings.batch_size
+        with machine.autocast():
+            loss, values = learner.objective(learner.model, *micro_batch)
+        (loss * weight).backward()
+        logged = logged + values * weight
+    if machine.processes > 1:
+        gradients = [parameter.grad for parameter in learner.model.parameters()]
+        vector_to_parameters(machine.sum(parameters_to_vector(gradients)), gradients)
+    return logged
 
 
 def learning_rate(settings: argparse.Namespace, epoch: float) -> float:
-    """Linear warm-up, then half a cosine to zero (MAE, appendix A.1), after `epoch` epochs, which
-    may be a fraction."""
-    peak = settings.base_lr * settings.batch_size / 256     # the linear scaling rule
+    """The learning rate after `epoch` epochs, which may be a fraction: a linear warm-up, then half a
+    cosine to zero (MAE, appendix A.1)."""
+    peak = settings.base_lr * settings.batch_size / 256     # the linear scaling rule (A.1)
     if epoch < settings.warmup_epochs:
         return peak * epoch / settings.warmup_epochs
-    progress = (epoch - settings.warmup_epochs) / max(settings.epochs - settings.warmup_epochs,
-                                                      1e-9)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+    decay_epochs = max(settings.epochs - settings.warmup_epochs, 1e-9)
+    progress = min((epoch - settings.warmup_epochs) / decay_epochs, 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, objective: Callable, batches: Iterable, machine: Machine,
+             exact: bool) -> list[float]:
+    """The mean of what the objective logs, over the batches of a whole set.
+
+    exact: in float32, as for the final figures of a run; or else in the precision of training.
+    """
+    model.eval()
+    total = count = 0
+    with contextlib.nullcontext() if exact else machine.autocast():
+        for batch in batches:
+            total = total + objective(model, *batch)[1] * len(batch[0])
+            count += len(batch[0])
+    return (total / count).tolist()
+
+
+# ------------------------------------------------------------------------------ optimizers
+
+
+def make_optimizers(model: nn.Module, settings: argparse.Namespace, betas: tuple[float, float],
+                    lr_scale: Callable[[str], float] = lambda name: 1.0
+                    ) -> list[torch.optim.Optimizer]:
+    """AdamW and, if the settings say so, Muon for the matrices inside the blocks.
+
+    No weight decay for biases and LayerNorms (1 dimension), tokens and position embeddings (3), only
+    for matrices (2) and the patch embedding (4). lr_scale(name) is the factor of a parameter's
+    learning rate.
+    """
+    adamw, muon = {}, {}                                    # (decay, scale) -> parameters
+    for name, parameter in model.named_parameters():
+        in_block = "blocks." in name and parameter.ndim == 2
+        groups = muon if settings.optimizer == "muon" and in_block else adamw
+        decay = settings.weight_decay if parameter.ndim in (2, 4) else 0.0
+        groups.setdefault((decay, lr_scale(name)), []).append(parameter)
+    adamw, muon = ([{"params": parameters, "weight_decay": decay, "lr_scale": scale}
+                    for (decay, scale), parameters in groups.items()] for groups in (adamw, muon))
+    optimizers = [torch.optim.AdamW(adamw, lr=0.0, betas=betas, fused=True)]
+    return optimizers + [Muon(muon)] if muon else optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024): a matrix moves equally far in all directions,
+    not only in the few that dominate its gradient.
+
+    For the weight matrices inside a network. An orthogonal (r, c) matrix has entries of about
+    1 / sqrt(max(r, c)), so a weight moves by about STEP * lr. Liu et al. 2025 (arXiv 2502.16982,
+    section 2.2) found that AdamW moves it by 0.2 to 0.4 times lr. Queries, keys and values share
+    one matrix. torch.optim.Muon computes matrix by matrix and in bfloat16, which most CPUs emulate.
+    """
+    STEP = 0.4
+
+    def __init__(self, groups: list[dict], momentum: float = 0.95) -> None:
+        super().__init__(groups, dict(lr=0.0, weight_decay=0.0, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        by_shape = {}                                       # matrices of one shape go together
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                by_shape.setdefault(matrix.shape, []).append((matrix, group))
+        for shape, members in by_shape.items():
+            directions = orthogonalize(torch.stack(
+                [self.average(matrix, group["momentum"]) for matrix, group in members]))
+            for (matrix, group), direction in zip(members, directions):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.sub_(direction, alpha=self.STEP * group["lr"] * max(shape) ** 0.5)
+
+    def average(self, matrix: Tensor, momentum: float) -> Tensor:
+        """Nesterov momentum: the running average of the gradients, blended with the latest."""
+        if "average" not in self.state[matrix]:
+            self.state[matrix]["average"] = torch.zeros_like(matrix)
+        average = self.state[matrix]["average"].lerp_(matrix.grad, 1 - momentum)
+        return matrix.grad.lerp(average, momentum)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """About U V^T of each matrix U S V^T, (n, r, c) -> the same shape, by products alone.
+    """About U V^T of each matrix U S V^T, by products alone: (n, r, c) -> the same shape.
 
-    Each step (Newton-Schulz; Jordan et al. 2024) takes a singular value s to 3.4445 s - 4.775 s^3
-    + 2.0315 s^5, which lifts small ones fast and leaves those near 1 between 0.68 and 1.15. That is
-    s times a factor of s^2, so all steps can be taken on the small square matrix of the s^2.
+    Each of the five steps (Newton-Schulz; Jordan et al. 2024) takes a singular value s to
+    3.4445 s - 4.775 s^3 + 2.0315 s^5, which lifts small ones fast and leaves those near 1 between
+    0.68 and 1.15. That is s times a factor of s^2, so all steps can be taken on the small square
+    matrix of the s^2.
     """
-    if matrices.shape[1] > matrices.shape[2]:               # the square matrix is the smaller one
+    if matrices.shape[1] > matrices.shape[2]:               # the other square matrix is smaller
         return orthogonalize(matrices.mT).mT
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)     # no s is above 1
     gram = x @ x.mT                                         # (n, r, r)
@@ -426,260 +551,152 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return factors @ x                                      # (n, r, c)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized (Jordan et al. 2024, kellerjordan.github.io/posts/muon): a matrix
-    moves equally far in all directions, not only in the few that dominate its gradient.
-
-    For the weight matrices inside a network. An orthogonal (r, c) matrix has entries of about
-    1 / sqrt(max(r, c)), so a weight moves by about STEP * lr, as far as with AdamW, which Liu et
-    al. 2025 (arXiv 2502.16982, section 2.2) found at 0.2 to 0.4. Queries, keys and values share
-    one matrix. torch.optim.Muon computes in bfloat16 and matrix by matrix, slow on most CPUs.
-    """
-    STEP = 0.4
-
-    def __init__(self, groups: list[dict], momentum: float = 0.95) -> None:
-        super().__init__(groups, dict(lr=0.0, weight_decay=0.0, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self) -> None:
-        by_shape = {}                                       # those of one shape go together
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                if matrix.grad is not None:
-                    by_shape.setdefault(matrix.shape, []).append((matrix, group))
-        for shape, members in by_shape.items():
-            directions = orthogonalize(torch.stack(
-                [self.average(matrix, group["momentum"]) for matrix, group in members]))
-            for (matrix, group), direction in zip(members, directions):
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.sub_(direction, alpha=self.STEP * group["lr"] * max(shape) ** 0.5)
-
-    def average(self, matrix: Tensor, momentum: float) -> Tensor:
-        """Nesterov momentum: the running average of its gradients, blended with the latest."""
-        if "average" not in self.state[matrix]:
-            self.state[matrix]["average"] = torch.zeros_like(matrix)
-        average = self.state[matrix]["average"].lerp_(matrix.grad, 1 - momentum)
-        return matrix.grad.lerp(average, momentum)
-
-
-def make_optimizers(model: nn.Module, settings: argparse.Namespace, betas: tuple[float, float],
-                    lr_scale=lambda name: 1.0) -> list[torch.optim.Optimizer]:
-    """AdamW, and where the settings say so Muon for the matrices inside the blocks.
-
-    No weight decay on biases and LayerNorms (1 dimension) or tokens and position embeddings (3),
-    only on matrices (2) and the patch embedding (4). lr_scale(name) is what a parameter's learning
-    rate is multiplied by.
-    """
-    of_adamw, of_muon = {}, {}                              # (decay, scale) -> parameters
-    for name, parameter in model.named_parameters():
-        in_block = "blocks." in name and parameter.ndim == 2
-        groups = of_muon if settings.optimizer == "muon" and in_block else of_adamw
-        decay = settings.weight_decay if parameter.ndim in (2, 4) else 0.0
-        groups.setdefault((decay, lr_scale(name)), []).append(parameter)
-    adamw, muon = ([{"params": parameters, "weight_decay": decay, "lr_scale": scale}
-                    for (decay, scale), parameters in groups.items()]
-                   for groups in (of_adamw, of_muon))
-    optimizers = [torch.optim.AdamW(adamw, lr=0.0, betas=betas, fused=True)]
-    return optimizers + [Muon(muon)] if muon else optimizers
-
-
-def prepare_model(model: nn.Module, machine: Machine) -> nn.Module:
-    """Move the model to its device and compile it where that was asked for; wrapped so that
-    gradients are shared, if there are several processes."""
-    model.to(machine.device)
-    if machine.compile:
-        model.compile()
-    return DistributedDataParallel(model) if machine.processes > 1 else model
-
-
-def gradient(model: nn.Module, objective, batch: tuple[Tensor, ...], micro: int,
-             machine: Machine) -> Tensor:
-    """Add up the gradient of one batch, micro-batch by micro-batch.
-
-    batch: tensors (B, ...), this process's part. objective(model, *micro_batch) returns a loss
-    and what to log, (S,). Returns the mean of the latter over the batch. Several processes
-    exchange gradients in the last backward pass alone.
-    """
-    parts = list(zip(*(tensor.split(micro) for tensor in batch)))
-    logged = 0
-    for i, part in enumerate(parts):
-        wait = machine.processes > 1 and i < len(parts) - 1
-        with model.no_sync() if wait else contextlib.nullcontext():
-            with machine.autocast():
-                loss, stats = objective(model, *part)
-            (loss / len(parts)).backward()
-        logged = logged + stats.detach() / len(parts)
-    return logged
-
-
-def train_epoch(model: nn.Module, objective, batches, steps: int, optimizers, epoch: int,
-                micro: int, settings: argparse.Namespace, machine: Machine) -> list[float]:
-    """One epoch; the mean of what `objective` logs.
-
-    batches yields global batches. epoch counts from 1. The host waits for the device only
-    to show progress. Raises BadInput where the loss is not finite.
-    """
-    model.train()
-    logged, shown = [], time.monotonic()
-    for step, batch in enumerate(batches):
-        lr = learning_rate(settings, epoch - 1 + (step + 0.5) / steps)   # mid-step
-        for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
-            group["lr"] = lr * group["lr_scale"]
-        logged.append(gradient(model, objective, tuple(map(machine.part, batch)), micro, machine))
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
-        if machine.main and progress_is_due(shown) and step + 1 < steps:
-            shown = time.monotonic()
-            show_progress(f"epoch {epoch}/{settings.epochs}  step {step + 1}/{steps}  "
-                          f"loss {logged[-1][0]:.4f}")
-    logged = machine.sum(torch.stack(logged)) / machine.processes   # (steps, S)
-    finite = logged.isfinite().all(dim=1)
-    if not finite.all():
-        step = int(finite.long().argmin())                  # the first that is not
-        lr = learning_rate(settings, epoch - 1 + (step + 0.5) / steps)
-        raise BadInput(f"the loss is no longer finite in epoch {epoch}, step {step + 1}, at "
-                       f"learning rate {lr:.3g}; {DIVERGED}")
-    return logged.mean(dim=0).tolist()
-
-
-DIVERGED = ("the last checkpoint is kept: lower --base-lr or lengthen --warmup-epochs in a new "
-            "run")
-
-
-def progress_is_due(shown: float) -> bool:
-    """Twice a second on a terminal, twice a minute in a file; shown: the last time.monotonic()."""
-    return time.monotonic() - shown > (0.5 if sys.stderr.isatty() else 30)
-
-
-def show_progress(text: str) -> None:
-    """A line that the next one replaces on a terminal, and a line of its own in a file."""
-    end = "\r" if sys.stderr.isatty() else "\n"
-    print(f"{text:<100}" if end == "\r" else text, end=end, file=sys.stderr, flush=True)
-
-
-def with_progress(text: str, parts: list, machine: Machine):
-    """Yield the parts one by one, and show how many are done."""
-    shown = time.monotonic()
-    for done, part in enumerate(parts, start=1):
-        yield part
-        if machine.main and progress_is_due(shown) and done < len(parts):
-            shown = time.monotonic()
-            show_progress(f"{text} {done / len(parts):.0%}")
-
-
-def shorten_steps(settings: argparse.Namespace, given: dict, machine: Machine) -> None:
-    """For a benchmark: a step of 4096 images takes minutes on a CPU, and one of 256, where no
-    other size was asked for, tells as much."""
-    if machine.device.type == "cpu" and not given.keys() & {"batch_size", "micro_batch_size"}:
-        settings.batch_size = min(settings.batch_size, 256)
-
-
-def run_benchmark(model: nn.Module, objective, epoch_batches, optimizers, micro: int,
-                  settings: argparse.Namespace, machine: Machine) -> None:
-    """Print images/s, TFLOP/s and memory of whole training steps on real batches."""
-    plain = getattr(model, "module", model)
-    one_image = [tensor[:1] for tensor in next(epoch_batches(1))]
-    plain.eval()                                            # one image is no batch to normalise
-    with machine.eager(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        objective(plain, *one_image)[0].backward()          # attention as plain products: counted
-    plain.zero_grad()
-    flop = counter.get_total_flops()
-    steps = 10 if machine.device.type == "cuda" else max(1, 256 // settings.batch_size)
-    seconds = []
-    while len(seconds) < 6 or sum(seconds[1:]) < BENCHMARK_SECONDS:     # the first one warms up
-        start = time.perf_counter()
-        batches = itertools.islice(itertools.cycle(epoch_batches(1)), steps)
-        train_epoch(model, objective, batches, steps, optimizers, 1, micro, settings, machine)
-        took = torch.tensor(time.perf_counter() - start, device=machine.device)
-        seconds.append(machine.sum(took).item() / machine.processes)
-    speed = steps * settings.batch_size / statistics.median(seconds[1:])
-    if machine.main:
-        print(f"speed      {speed:,.1f} images/s (median of {len(seconds) - 1} timings of {steps} "
-              f"steps of {settings.batch_size} images)\n"
-              f"arithmetic {speed * flop / 1e12:.3g} TFLOP/s ({flop / 1e9:.3g} GFLOP an image, "
-              f"forward and backward)\n"
-              f"memory     {peak_memory_mb(machine.device):,} MiB at the peak")
+def load_optimizers(optimizers: list[torch.optim.Optimizer], states, path: Path) -> None:
+    """Restore the state of each optimizer. Raises BadInput if it is not that of these parameters:
+    fused AdamW would not check the shapes."""
+    names = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"average"}}
+    try:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            own = optimizer.state_dict()
+            ids = [i for group in own["param_groups"] for i in group["params"]]
+            parameters = [one for group in optimizer.param_groups for one in group["params"]]
+            fits = state.keys() == set(ids) and all(
+                state[i].keys() == names[type(optimizer)]
+                and all(tensor.shape == (() if name == "step" else parameter.shape)
+                        for name, tensor in state[i].items())
+                for i, parameter in zip(ids, parameters))
+            if not fits:
+                raise ValueError
+            optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+    except (ValueError, TypeError, AttributeError):
+        raise BadInput(f"{path} cannot be resumed: the state of its optimizers is missing or does "
+                       "not fit the model") from None
 
 
 # ------------------------------------------------------------------------------ run folder
 
 
-def holds_run(out: Path) -> bool:
-    return any((out / name).exists() for name in ("checkpoint.pt", "weights.pt", "log.csv",
-                                                  "config.json"))
-
-
-def resuming(out: Path, program: str) -> str:
-    return f"python {program} --out {shlex.quote(str(out))} --resume"
-
-
-def check_free(out: Path, program: str) -> None:
-    """Raises BadInput where the folder for a new run holds one."""
-    if holds_run(out):
-        raise BadInput(f"{out} already holds a run: go on with `{resuming(out, program)}`, or give "
-                       "another folder with --out")
-
-
 @contextlib.contextmanager
-def run_folder(out: Path, program: str, resumed: bool, machine: Machine):
-    """Around all that writes to a run's folder: no other program writes to it, it holds no other
-    run, and an interruption says how to go on. Raises BadInput."""
-    with locked(out) if machine.main else contextlib.nullcontext():
-        if machine.main and not resumed:
-            check_free(out, program)
-        try:
-            yield
-        except KeyboardInterrupt as stop:
-            stop.args = (f"Go on with: {resuming(out, program)}",)
-            raise
+def open_run(kind: str, name: str, settings: argparse.Namespace, machine: Machine):
+    """Yield the `Run` in --out, or in runs/ under a name that begins with `name`. No other program
+    can write to it until the end. Raises BadInput if another program does, or if the folder holds a
+    run that is not to be resumed."""
+    validation = "-validation" if settings.validation else ""
+    limit = f"-{settings.limit}-images" if settings.limit else ""
+    out = settings.out or Path("runs", f"{name}{validation}-{settings.dataset}-{settings.recipe}"
+                                       f"{limit}")
+    program = "pretrain.py" if kind == "pretrain" else "finetune.py"
+    resume = f"python {program} --out {shlex.quote(str(out))} --resume"
+    with data.locked(out) if machine.main else contextlib.nullcontext() as check_still_there:
+        if machine.main:
+            files = [out / file for file in ("log.csv", "checkpoint.pt", "weights.pt")]
+            if not settings.resume and any(file.exists() for file in files):
+                raise BadInput(f"{out} already holds a run. Continue it with `{resume}`; to start "
+                               "another one, delete it or name another folder with --out")
+            write_config(out, kind, settings, machine)
+            print(f"run        {out}; if it is stopped: {resume}", flush=True)
+        run = Run(out, kind, settings, machine, check_still_there)
+        yield run
+        if machine.main:
+            run.draw_curves()
+            print(f"done       {out}", flush=True)
 
 
-@contextlib.contextmanager
-def locked(folder: Path):
-    """Make a folder and keep other programs out of it, until the end of this one at the latest.
-    Raises BadInput where another one is in it."""
-    if fcntl is None:                                       # on Windows: unguarded
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise BadInput(f"another program is writing to {folder}: wait for it, or give another "
-                       "folder with --out") from None
-    except OSError as error:
-        raise BadInput(f"cannot write {folder}: {error.strerror}; give another folder with "
-                       "--out") from None
-    try:
-        yield
-    finally:
-        os.close(handle)
+class Run:
+    """A run folder and its log. Only the main process writes to it."""
+
+    def __init__(self, out: Path, kind: str, settings: argparse.Namespace, machine: Machine,
+                 check_still_there: Callable | None) -> None:
+        self.out, self.kind, self.settings, self.machine = out, kind, settings, machine
+        self.check_still_there = check_still_there
+        self.log: list[dict] = []                           # the rows of log.csv
+        self.row_began = time.monotonic()
+
+    def restore(self, model: nn.Module, optimizers: list[torch.optim.Optimizer] = (),
+                key: str = "model") -> bool:
+        """Continue after the last checkpoint, if this run is resumed and has one; whether it does.
+        Raises BadInput.
+
+        key: where in the checkpoint the weights of `model` are.
+        """
+        path = self.out / "checkpoint.pt"
+        if not self.settings.resume or not path.exists():
+            return False
+        checkpoint = data.load_checkpoint(path, self.kind)
+        if checkpoint.get("images") != self.settings.images:
+            raise BadInput(f"{self.out} was trained and tested on {checkpoint.get('images')} images, "
+                           f"{self.settings.data_dir} has {self.settings.images}: name the folder of "
+                           "its data set with --data-dir")
+        data.load_weights(model, checkpoint.get(key), path)
+        if optimizers:
+            load_optimizers(optimizers, checkpoint.get("optimizers"), path)
+        self.log = checkpoint["log"]
+        return True
+
+    def epochs_left(self) -> range:
+        """The epochs that are not done, counted from 1."""
+        epochs = range(len(self.log) + 1, self.settings.epochs + 1)
+        self.progress = data.Progress(len(epochs) * self.settings.steps)
+        return epochs
+
+    def end_epoch(self, values: list[float], speed: float, model: nn.Module,
+                  optimizers: list[torch.optim.Optimizer], **more) -> None:
+        """Write the row of an epoch to log.csv; a checkpoint if it is due; after the last epoch also
+        the weights alone, in half precision, to keep and share.
+
+        values: the losses and accuracies, in the order of LOG_COLUMNS; speed: images per second in
+        training alone; more: what else the checkpoint shall hold. Raises BadInput if a value is not
+        finite or the folder is gone.
+        """
+        if not all(map(math.isfinite, values)):
+            raise BadInput(f"the test loss is not finite after epoch {len(self.log) + 1}; the last "
+                           "checkpoint is kept: lower --base-lr or raise --warmup-epochs in a new run")
+        self.check_still_there()
+        settings, epoch, now = self.settings, len(self.log) + 1, time.monotonic()
+        rounded = [float(f"{value:.7g}") for value in (*values, learning_rate(settings, epoch))]
+        row = dict(zip(data.LOG_COLUMNS[self.kind], (
+            epoch, *rounded, round(now - self.row_began, 2), round(speed, 1),
+            peak_memory_mb(self.machine.device)), strict=True))
+        self.log.append(row)
+        self.row_began = now
+        last = epoch == settings.epochs
+        checkpoint = dict(kind=self.kind, settings=kept(settings, self.kind), epoch=epoch,
+                          log=self.log, images=settings.images, model=model.state_dict())
+        if last or epoch % settings.checkpoint_every == 0:
+            states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+            data.save_checkpoint(self.out / "checkpoint.pt",
+                                 dict(checkpoint, optimizers=states, **more))
+        write_log(self.out, self.log)
+        if last:
+            half = {name: value.half() for name, value in checkpoint["model"].items()}
+            data.save_checkpoint(self.out / "weights.pt", dict(checkpoint, model=half))
+        shown = "  ".join(f"{name.replace('_', ' ')} {value:.2f} %" if "accuracy" in name
+                          else f"{name.replace('_', ' ')} {value:.4f}"
+                          for name, value in list(row.items())[1:1 + len(values)])
+        print(f"epoch {epoch}/{settings.epochs}  {shown}  {speed:,.0f} images/s  "
+              f"{self.progress.time_left()} left", flush=True)
+
+    def draw_curves(self) -> None:
+        name = self.out.resolve().name
+        picture = visualize.draw_curves({name: self.log},
+                                        caption=visualize.title_of(self.settings.dataset))
+        visualize.save_png(picture, self.out / "curves.png")
 
 
-def load_run(out: Path, kind: str) -> dict:
-    """The checkpoint to go on with. Raises BadInput."""
-    if not holds_run(out):
-        raise BadInput(f"--resume: {out} holds no run; name the run with --out, or start one "
-                       "without --resume")
-    checkpoint = data.load_checkpoint(out / "checkpoint.pt", kind)
-    if not isinstance(checkpoint.get("optimizer"), list):
-        raise BadInput(f"{out / 'checkpoint.pt'} holds weights alone: the run cannot be resumed")
-    return checkpoint
+def kept(settings: argparse.Namespace, kind: str) -> dict:
+    """The settings that are kept with a run."""
+    return {name: getattr(settings, name) for name in data.FLAGS[kind]}
 
 
-def write_config(out: Path, settings: argparse.Namespace, machine: Machine, micro: int) -> None:
+def write_config(out: Path, kind: str, settings: argparse.Namespace, machine: Machine) -> None:
     """config.json: everything needed to repeat the run."""
     git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
                          capture_output=True, text=True) if shutil.which("git") else None
     config = {
-        "settings": vars(settings),
-        "machine": {"device": machine.describe(), "processor": platform.processor()
-                    or platform.machine(), "cores": os.cpu_count(), "processes": machine.processes,
-                    "micro_batch_size": micro},
+        "settings": kept(settings, kind),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "machine": {"processor": platform.processor() or platform.machine(),
+                    "cores": os.cpu_count(), "processes": machine.processes},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__, "pillow": PIL.__version__},
         "commit": git.stdout.strip() or None if git else None,
@@ -688,319 +705,56 @@ def write_config(out: Path, settings: argparse.Namespace, machine: Machine, micr
 
 
 def write_log(out: Path, log: list[dict]) -> None:
-    """log.csv, whole. The checkpoint holds the rows too: a resumed run takes them from there."""
-    if log:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, log[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(log)
-        data.write_file(out / "log.csv", text.getvalue().encode())
+    """log.csv, whole. A resumed run takes its rows from the checkpoint."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, log[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(log)
+    data.write_file(out / "log.csv", text.getvalue().encode())
 
 
-@dataclass
-class Pace:
-    """When a checkpoint is due: after every epoch; but if writing one takes more than
-    FREE_SECONDS, not before 20 times as long have passed since the last."""
-    seconds: float = 0.0        # that the last one took
-    end: float = -math.inf      # of the last one, by time.monotonic()
-
-    def is_due(self) -> bool:
-        wait = 20 * self.seconds if self.seconds > FREE_SECONDS else 0
-        return time.monotonic() - self.end >= wait
-
-    @contextlib.contextmanager
-    def timed(self):
-        start = time.monotonic()
-        yield
-        self.end = time.monotonic()
-        self.seconds = self.end - start
-
-
-def save_epoch(out: Path, kind: str, settings: argparse.Namespace, model: nn.Module, optimizers,
-               log: list[dict], pace: Pace, **more) -> None:
-    """The log and, where it is due, the checkpoint after as many epochs as the log has rows;
-    after the last epoch also the weights alone, in half precision, to keep and share."""
-    if log and not (out / "config.json").exists():
-        raise BadInput(f"{out} was deleted or emptied while its run went on: start another one")
-    common = dict(kind=kind, settings=vars(settings), epoch=len(log), log=log)
-    state = model.state_dict()
-    if pace.is_due() or len(log) == settings.epochs:
-        with pace.timed():
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            data.save_checkpoint(out / "checkpoint.pt",
-                                 dict(common, model=state, optimizer=states, **more))
-    write_log(out, log)
-    if len(log) == settings.epochs:
-        half = {name: value.half() for name, value in state.items()}
-        data.save_checkpoint(out / "weights.pt", dict(common, model=half))
-
-
-def begin_run(out: Path, save, log: list[dict], settings: argparse.Namespace, machine: Machine,
-              micro: int) -> None:
-    """All that a run's folder holds before its first epoch, or before it goes on. save(), the
-    first time that it is called, writes the checkpoint and the log."""
-    if not log:
-        save()                                              # first what a resumed run needs
-    write_config(out, settings, machine, micro)
-    tidy_run(out, len(log))
-    if log:
-        save()
-
-
-def restore(optimizers, checkpoint: dict | None) -> list[dict]:
-    """Load the optimizers' states from a checkpoint, if there is one; return its log."""
-    if not checkpoint:
-        return []
-    for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
-        optimizer.load_state_dict(state)
-    return checkpoint["log"]
-
-
-def tidy_run(out: Path, epoch: int) -> None:
-    """Delete what a stopped run wrote after its last checkpoint."""
-    (out / "weights.pt").unlink(missing_ok=True)
-    if epoch == 0:                                          # else it is written anew
-        (out / "log.csv").unlink(missing_ok=True)
-    for folder in (out, out / "reconstructions"):
-        for part in folder.glob(".*.part"):
-            part.unlink(missing_ok=True)
-    for picture in (out / "reconstructions").glob("epoch-*.png"):
-        number = picture.stem.removeprefix("epoch-")
-        if number.isdecimal() and int(number) > epoch:
-            picture.unlink(missing_ok=True)
-
-
-def log_row(epoch: int, values: dict, lr: float, seconds: float, images_per_second: float,
-            machine: Machine) -> dict:
-    """A row of log.csv; the last three columns are measured, the others fixed by the seed.
-
-    seconds: since the row before, images_per_second: in training alone. Raises BadInput where a
-    loss is not finite.
-    """
-    if not all(map(math.isfinite, values.values())):
-        raise BadInput(f"the test loss is not finite after epoch {epoch}; {DIVERGED}")
-    return {"epoch": epoch, **{name: float(f"{value:.7g}") for name, value in values.items()},
-            "lr": float(f"{lr:.7g}"), "seconds": round(seconds, 2),
-            "images_per_second": round(images_per_second, 1),
-            "peak_memory_mb": peak_memory_mb(machine.device)}
-
-
-def draw_log(out: Path, dataset: data.Dataset, log: list[dict]) -> None:
-    title = visualize.title_of(dataset.name)
-    picture = visualize.draw_curves({out.resolve().name: log}, caption=title)
-    visualize.save_png(picture, out / "curves.png")
-
-
-def time_left(log: list[dict], epochs: int) -> timedelta:
-    """For the epochs to come, at the pace of the last ones."""
-    pace = statistics.median(row["seconds"] for row in log[-5:])
-    return timedelta(seconds=round(pace * (epochs - len(log))))
-
-
-# ------------------------------------------------------------------------------ the program
-
-
-def load_data(settings: argparse.Namespace, machine: Machine) -> data.Dataset:
-    """The data set on the device. Only the main process downloads, and where there are several
-    machines the first process of each. Raises BadInput."""
-    turn = 0 if machine.main else 1 if machine.local_rank == 0 else 2
-    for now in range(3):
-        if now == turn:
-            dataset = data.load_dataset(settings.dataset, settings.data_dir)
-        if machine.processes > 1:
-            name = [dataset.name if machine.main else None]
-            dist.broadcast_object_list(name)
-            settings.dataset = name[0]                      # what "auto" turned out to be
-            dist.barrier()
-    settings.dataset = dataset.name
-    images = [len(dataset.train_images), len(dataset.test_images)]
-    if getattr(settings, "images", images) != images:
-        raise BadInput(f"{settings.data_dir} holds {images[0]} + {images[1]} images, the run was "
-                       f"made with {settings.images[0]} + {settings.images[1]}: name the folder of "
-                       "its data set with --data-dir")
-    settings.images = images
-    if settings.validation:
-        dataset = dataset.hold_out(settings.validation)
-    if settings.limit:
-        dataset = dataset.first(settings.limit)
-    return dataset.to(machine.device)
-
-
-def tested_on(settings: argparse.Namespace) -> str:
-    """What the images of the test losses and accuracies are called."""
-    return "validation" if settings.validation else "test"
-
-
-def count_tokens_width(model: mae.MAEViT, settings: argparse.Namespace) -> int:
-    """Tokens x width, summed over the blocks of encoder and decoder: the size of an image's
-    activations."""
-    N = model.encoder.num_patches
-    K = model.shuffle.count_visible(N)
-    return ((1 + K) * settings.dim * settings.depth
-            + (1 + N) * settings.decoder_dim * settings.decoder_depth)
-
-
-def build(kind: str, settings: argparse.Namespace) -> nn.Module:
-    """The model, its weights fixed by the seed. Raises BadInput where sizes do not fit."""
-    torch.manual_seed(settings.seed)
+def peak_memory_mb(device: torch.device) -> int:
+    """The most memory used so far, in MiB: the GPU's on CUDA, or else the process's."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20)
     try:
-        return mae.build_model(kind, vars(settings))
-    except ValueError as error:
-        flags = "--patch-size, --dim, --heads, --mask-ratio"
-        flags += ", --decoder-heads" if kind == "pretrain" else ""
-        raise BadInput(f"{error}: see {flags}") from None
+        import resource
+    except ImportError:         # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024          # bytes there, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
 
 
-def masked_loss(model: nn.Module, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 (B, 3, H, W), (B, N) -> the loss, and what to log: the loss."""
-    loss, _, _ = model(data.scale(images), noise)
-    return loss, loss[None]
+# ------------------------------------------------------------------------------ benchmark
 
 
-def epoch_batches(dataset: data.Dataset, settings: argparse.Namespace, num_patches: int,
-                  epoch: int):
-    """The global batches of an epoch: images uint8 (B, 3, H, W), noise (B, N)."""
-    images = dataset.train_images
-    generator = data.seeded_generator(images.device, settings.seed, epoch)
-    for ids in data.epoch_order(len(images), settings.batch_size, generator):
-        batch = data.augment(images[ids], settings.augment, generator)
-        yield batch, torch.rand(len(ids), num_patches, generator=generator, device=images.device)
+def run_benchmark(learner: Learner, epoch_batches: Callable, settings: argparse.Namespace,
+                  machine: Machine) -> None:
+    """Print images/s, arithmetic and memory of whole training steps on real batches."""
+    flop = count_flop(learner, epoch_batches, machine)
+    settings.steps = 10 if machine.device.type == "cuda" else max(1, 256 // settings.batch_size)
+    speeds, began = [], time.monotonic()
+    while len(speeds) < 6 or time.monotonic() - began < BENCHMARK_SECONDS:
+        batches = itertools.islice(itertools.cycle(epoch_batches(1)), settings.steps)
+        _, speed = train_epoch(learner, batches, 1, data.Progress(0), settings, machine)
+        speeds.append(speed)
+    speed = statistics.median(speeds[1:])                   # the first one is a warm-up
+    if machine.main:
+        print(f"speed      {speed:,.1f} images/s (median of {len(speeds) - 1} timings of "
+              f"{settings.steps} steps of {settings.batch_size} images)\n"
+              f"arithmetic {speed * flop / 1e12:.3g} TFLOP/s ({flop / 1e9:.3g} GFLOP per image, "
+              f"forward and backward)\n"
+              f"memory     {peak_memory_mb(machine.device):,} MiB at the peak")
 
 
-@torch.no_grad()
-def test_loss(model: nn.Module, images: Tensor, noise: Tensor, machine: Machine) -> float:
-    """The mean loss over test images (n, 3, H, W) with fixed masks by noise (n, N)."""
-    model.eval()
-    total = torch.zeros((), device=images.device)
-    with machine.eager(), machine.autocast():
-        for part in zip(machine.part(images).split(250), machine.part(noise).split(250)):
-            if len(part[0]):
-                total += masked_loss(model, *part)[0] * len(part[0])
-    return machine.sum(total).item() / len(images)
-
-
-def say_expected(model: nn.Module, objective, batches, images: float, steps: int, optimizers,
-                 micro: int, machine: Machine) -> None:
-    """Print how long so many images and optimizer steps will take, by the second of two steps on
-    one micro-batch; model and optimizers stay as they were."""
-    learners = model, *optimizers
-    before = copy.deepcopy([learner.state_dict() for learner in learners])
-    batch = [machine.part(tensor)[:micro] for tensor in next(batches)]
-    for _ in range(2):
-        start = time.monotonic()
-        gradient(model, objective, batch, micro, machine).sum().item()
-        computed = time.monotonic()
-        for optimizer in optimizers:
-            optimizer.step()
-        next(model.parameters()).sum().item()               # waits for the device
-        stepped = time.monotonic()
-    for learner, state in zip(learners, before):
-        learner.load_state_dict(state)
+def count_flop(learner: Learner, epoch_batches: Callable, machine: Machine) -> int:
+    """Floating-point operations of one image, forward and backward."""
+    model = getattr(learner.model, "_orig_mod", learner.model)          # not compiled
+    one_image = [tensor[:1] for tensor in next(iter(epoch_batches(1)))]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        learner.objective(model, *one_image)[0].backward()  # attention as products, to be counted
     model.zero_grad()
-    seconds = (images * (computed - start) / len(batch[0]) / machine.processes
-               + steps * (stepped - computed))
-    if machine.main:
-        print(f"expected   {timedelta(seconds=round(seconds))} (hours:minutes:seconds)", flush=True)
-
-
-def describe_run(settings: argparse.Namespace, machine: Machine, dataset: data.Dataset, steps: int,
-                 micro: int, model: nn.Module, out: Path | None, epoch: int) -> None:
-    """Print what is about to run. out: its folder, if it has one; epoch: how many are done."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"device     {machine.describe()}\n"
-          f"data       {dataset.name}, {len(dataset.train_images):,} training and "
-          f"{len(dataset.test_images):,} {tested_on(settings)} images, augmentation: "
-          f"{settings.augment}\n"
-          f"recipe     {settings.recipe}: {settings.epochs} epochs of {steps} steps of "
-          f"{settings.batch_size} images (micro-batches of {micro}), {settings.optimizer}, "
-          f"learning rate up to {settings.base_lr * settings.batch_size / 256:.3g}\n"
-          f"model      ViT {settings.dim} x {settings.depth} blocks, {settings.heads} heads, patch "
-          f"{settings.patch_size}; {type(model).__name__} of {parameters:,} parameters\n"
-          f"run        {out or 'none, a benchmark'}"
-          + (f", goes on after epoch {epoch}" if out and epoch else ""), flush=True)
-
-
-def main(argv: list[str] | None = None) -> None:
-    given = parse_flags(make_parser(), argv)
-    checkpoint = None
-    if given.get("resume"):
-        checkpoint = load_run(given["out"], "pretrain")
-        settings = resumed_settings(checkpoint, given)
-        given["precision"] = settings.precision
-    with on_machine(given) as machine:
-        if not checkpoint:
-            settings = resolve_settings(given, RECIPES, machine)
-        pretrain(settings, checkpoint, given, machine)
-
-
-def pretrain(settings: argparse.Namespace, checkpoint: dict | None, given: dict,
-             machine: Machine) -> None:
-    benchmark = given.get("benchmark", False)
-    if benchmark:
-        shorten_steps(settings, given, machine)
-    plain = build("pretrain", settings)
-    num_patches = plain.encoder.num_patches
-    micro = fit_micro_batch(settings, machine, count_tokens_width(plain, settings))
-    dataset = load_data(settings, machine)
-    kind = "pretrain-validation" if settings.validation else "pretrain"
-    out = given.get("out") or Path("runs") / f"{kind}-{dataset.name}-{settings.recipe}"
-    if checkpoint:
-        data.load_weights(plain, checkpoint["model"], out)
-    elif machine.main and not benchmark:
-        check_free(out, "pretrain.py")                      # early; again under the lock
-    model = prepare_model(plain, machine)
-    optimizers = make_optimizers(plain, settings, betas=(0.9, 0.95))
-    log = restore(optimizers, checkpoint)
-
-    def batches(epoch: int):
-        return epoch_batches(dataset, settings, num_patches, epoch)
-
-    pace = Pace()
-
-    def save() -> None:
-        save_epoch(out, "pretrain", settings, plain, optimizers, log, pace)
-
-    steps = max(1, len(dataset.train_images) // settings.batch_size)
-    images = steps * settings.batch_size
-    if machine.main:
-        describe_run(settings, machine, dataset, steps, micro, plain, None if benchmark else out,
-                     len(log))
-    if benchmark:
-        return run_benchmark(model, masked_loss, batches, optimizers, micro, settings, machine)
-    left = settings.epochs - len(log)
-    say_expected(model, masked_loss, batches(0), images * left, steps * left, optimizers, micro,
-                 machine)
-    test_images = dataset.test_images[:TEST_IMAGES]
-    caption = (f"{visualize.title_of(dataset.name)} {tested_on(settings)} images · "
-               f"{out.resolve().name}")
-    noise = torch.rand(len(test_images), num_patches, generator=data.seeded_generator("cpu", 0))
-    noise = noise.to(machine.device)                        # the same masks on every device
-    with run_folder(out, "pretrain.py", checkpoint is not None, machine):
-        if machine.main:
-            begin_run(out, save, log, settings, machine, micro)
-        started = time.monotonic()
-        for epoch in range(len(log) + 1, settings.epochs + 1):
-            begun = time.monotonic()
-            loss, = train_epoch(model, masked_loss, batches(epoch), steps, optimizers, epoch,
-                                micro, settings, machine)
-            speed = images / (time.monotonic() - begun)
-            values = {"loss": loss, "test_loss": test_loss(plain, test_images, noise, machine)}
-            log.append(log_row(epoch, values, learning_rate(settings, epoch),
-                               time.monotonic() - started, speed, machine))
-            started = time.monotonic()
-            if not machine.main:
-                continue
-            if epoch % settings.picture_every == 0 or epoch in (1, settings.epochs):
-                picture = visualize.reconstruction_grid(
-                    plain, test_images[:PICTURED], noise[:PICTURED], caption, epoch=epoch)
-                visualize.save_png(picture, out / "reconstructions" / f"epoch-{epoch:04}.png")
-            save()
-            print(f"epoch {epoch}/{settings.epochs}  loss {values['loss']:.4f}  test loss "
-                  f"{values['test_loss']:.4f}  {log[-1]['images_per_second']:,.0f} images/s  "
-                  f"{time_left(log, settings.epochs)} left", flush=True)
-        if machine.main:
-            draw_log(out, dataset, log)
-            print(f"done: {out}", flush=True)
+    return counter.get_total_flops()
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""Every picture of this repository, drawn with Pillow alone; a library and a program.
+"""Every picture of this repository, drawn with Pillow alone: a library and a program.
 
-What goes in: a model and images, or the logs and pictures of runs. What comes out: a PIL image,
-on the command line a file.
+Input: a model and images, or what runs have written. Output: a PIL image; of the program, a file.
 
     reconstruct   masked | reconstruction | original        MAE, figure 2
     ratios        the same images at growing mask ratios    MAE, figure 4
-    timeline      the same images and masks over a run      sheet or animation
-    curves        losses, accuracies, learning rates        one run or many
+    timeline      the same images and masks over a run      a sheet or an animation
+    curves        losses, accuracies, learning rates        of one run or several
     attention     where a token looks, head by head         ViT, section 4.5
     embeddings    positions compared, patch filters         ViT, figure 7
     architecture  a batch on its way through the model      MAE, figure 1
 
-First come the shared pieces (sheet, tiles, colours), then each picture's function, in this order,
-then what reads the input, then the program. Without arguments it draws `reconstruct`.
+The library comes first: the sheet that all pictures are drawn on, then each picture's function in
+this order, then what reads the input. The program comes last. Without arguments it draws
+`reconstruct`.
 
 Sources:
     MAE   He et al. 2021, Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377
@@ -22,16 +22,17 @@ import argparse
 import csv
 import functools
 import io
-import itertools
 import json
 import math
+import re
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,9 +45,8 @@ from data import BadInput
 
 WIDTH, MARGIN, GAP = 1720, 40, 6        # pixels: about twice the width of a README
 INK, GREY, FAINT, PAPER = (31, 35, 40), (95, 103, 112), (222, 226, 231), (255, 255, 255)
-ORANGE, SLATE = (230, 120, 0), (150, 172, 205)      # class token, mask tokens
 HIDDEN = 195                            # the grey level of a masked patch
-SHARP = 4                               # lines are drawn this many times larger, then reduced
+SHARP = 3                               # sheets are drawn this many times larger, then reduced
 
 
 @functools.lru_cache
@@ -54,152 +54,141 @@ def font(size: int):
     return ImageFont.load_default(size)     # the scalable one that Pillow brings along
 
 
-def wrap(text: str, width: float) -> list[str]:
-    """Break text of size 24 into lines of at most `width` pixels, between words."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font(24).getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
+def text_width(text: str, size: int = 24) -> float:
+    """In pixels of the sheet."""
+    return font(SHARP * size).getlength(text) / SHARP
 
 
 class Sheet:
     """A white page with a title and a caption, readable on a light and on a dark background.
 
     x and y are pixels from its top left corner; below `top` are `height` pixels for the picture.
+    Everything is drawn SHARP times larger and reduced once, in `picture`: this smooths lines and
+    text and leaves every pixel of a tile as it was.
     """
 
     def __init__(self, width: int, height: int, title: str, caption: str) -> None:
-        lines = wrap(caption, width - 2 * MARGIN) if caption else []
+        lines = textwrap.wrap(caption, int((width - 2 * MARGIN) / 11.5))
         self.top = MARGIN + 60 + 32 * len(lines)
-        self.image = Image.new("RGB", (width, self.top + height + MARGIN), PAPER)
-        self.draw = ImageDraw.Draw(self.image)
-        self.text(MARGIN, MARGIN, title, 32, fit=width - 2 * MARGIN)
+        self.bottom = self.top + height
+        self.canvas = Image.new("RGB", (SHARP * width, SHARP * (self.bottom + MARGIN)), PAPER)
+        self.draw = ImageDraw.Draw(self.canvas)
+        self.text(MARGIN, MARGIN, title, size=32)
         for i, line in enumerate(lines):
-            self.text(MARGIN, MARGIN + 46 + 32 * i, line, color=GREY, fit=width - 2 * MARGIN)
+            self.text(MARGIN, MARGIN + 46 + 32 * i, line, GREY, fit=width - 2 * MARGIN)
 
-    def text(self, x: float, y: float, text: str, size: int = 24, color=INK, anchor: str = "la",
-             fit: float = math.inf) -> None:
+    def picture(self) -> Image.Image:
+        return self.canvas.reduce(SHARP)
+
+    def text(self, x: float, y: float, text: str, color=INK, anchor: str = "la",
+             fit: float = math.inf, size: int = 24) -> None:
         """One line, made smaller and then cut until it is at most `fit` pixels wide."""
         text = "".join(c if " " <= c <= "~" or c in "·…" else "?" for c in text)   # has a glyph
-        if font(size).getlength(text) > fit:
-            size = max(16, int(size * fit / font(size).getlength(text)))
-        while len(text) > 1 and font(size).getlength(text) > fit:
+        while size > 16 and text_width(text, size) > fit:
+            size -= 1
+        while len(text) > 1 and text_width(text, size) > fit:
             text = text[:-2] + "…"
-        self.draw.text((x, y), text, color, font(size), anchor)
+        self.draw.text((SHARP * x, SHARP * y), text, color, font(SHARP * size), anchor)
 
     def tile(self, x: int, y: int, pixels: Tensor, enlarge: int = 1) -> None:
         """uint8 (3, H, W), every pixel a sharp square of enlarge x enlarge."""
         picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-        size = (picture.width * enlarge, picture.height * enlarge)
-        self.image.paste(picture.resize(size, Image.Resampling.NEAREST), (x, y))
+        size = (picture.width * enlarge * SHARP, picture.height * enlarge * SHARP)
+        self.canvas.paste(picture.resize(size, Image.Resampling.NEAREST), (SHARP * x, SHARP * y))
 
-    def line(self, points, color=INK, width: float = 2, dashed: bool = False) -> None:
-        """An anti-aliased line through points (n, 2)."""
-        points = np.asarray(points, dtype=float)
-        corner = np.floor(points.min(axis=0)).astype(int) - 4
-        size = np.ceil(points.max(axis=0)).astype(int) + 4 - corner
-        mask = Image.new("L", tuple(size * SHARP))
-        for part in dashes(points) if dashed else [points]:
-            ImageDraw.Draw(mask).line([tuple(p) for p in (part - corner) * SHARP], 255,
-                                      round(width * SHARP), "curve")
-        self.image.paste(color, tuple(corner), mask.reduce(SHARP))
+    def line(self, points, color=INK, width: int = 2) -> None:
+        """A line through points (x, y), or a dot if there is only one."""
+        points = [(SHARP * x, SHARP * y) for x, y in points]
+        if len(points) == 1:
+            self.draw.circle(points[0], SHARP * 5, color)
+        else:
+            self.draw.line(points, color, SHARP * width, "curve")
 
     def arrow(self, points) -> None:
-        """A line through points (n, 2) with a head at its end."""
-        (x0, y0), (x1, y1) = points[-2:]
-        length = math.hypot(x1 - x0, y1 - y0)
-        dx, dy = 12 * (x1 - x0) / length, 12 * (y1 - y0) / length
-        self.line(points, width=2.5)
-        self.line([(x1 - dx - dy / 1.6, y1 - dy + dx / 1.6), (x1, y1),
-                   (x1 - dx + dy / 1.6, y1 - dy - dx / 1.6)], width=2.5)
+        """A line through points (x, y) with a head at its end."""
+        (x0, y0), (x, y) = points[-2:]
+        length = math.hypot(x - x0, y - y0)
+        dx, dy = 14 * (x - x0) / length, 14 * (y - y0) / length
+        base = (x - dx, y - dy)
+        head = [(x, y), (base[0] - dy / 2, base[1] + dx / 2), (base[0] + dy / 2, base[1] - dx / 2)]
+        self.line([*points[:-1], base])
+        self.draw.polygon([(SHARP * x, SHARP * y) for x, y in head], INK)
 
-    def color_bar(self, y: int, low: str, high: str, what: str) -> None:
-        x = MARGIN + int(font(22).getlength(low)) + 12
-        self.text(MARGIN, y + 10, low, 22, anchor="lm")
-        self.tile(x, y, heat(torch.linspace(0, 1, 240).expand(20, -1)))
-        self.text(x + 252, y + 10, f"{high}   {what}", 22, anchor="lm")
-
-
-def dashes(points: np.ndarray, on: float = 9, off: float = 7) -> list[np.ndarray]:
-    """Cut the line through points (n, 2) into dashes, by the distance along it, in pixels."""
-    steps = np.hypot(*np.diff(points, axis=0).T)
-    along = np.concatenate([[0], np.cumsum(steps)])         # (n,)
-    parts = []
-    for start in np.arange(0, along[-1], on + off):
-        end = min(start + on, along[-1])
-        places = np.concatenate([[start], along[(along > start) & (along < end)], [end]])
-        parts.append(np.stack([np.interp(places, along, axis) for axis in points.T], axis=1))
-    return parts
+    def color_bar(self, y: int, text: str) -> None:
+        self.tile(MARGIN, y, heat(torch.linspace(0, 1, 240).expand(20, -1)))
+        self.text(MARGIN + 256, y + 10, text, anchor="lm")
 
 
-HEAT = torch.tensor([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10),
-                     (252, 255, 164)])                      # dark to bright, also in greys
+HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10),
+                 (252, 255, 164)])                          # dark to bright, also in greys
 
 
 def heat(values: Tensor) -> Tensor:
     """Numbers 0..1 to colours: (..., H, W) -> uint8 (..., 3, H, W)."""
-    place = values.clamp(0, 1) * (len(HEAT) - 1)
-    low = place.long().clamp(max=len(HEAT) - 2)
-    colors = torch.lerp(HEAT[low].float(), HEAT[low + 1].float(), (place - low)[..., None])
-    return colors.round().to(torch.uint8).movedim(-1, -3)
+    places = np.linspace(0, 1, len(HEAT))
+    channels = [np.interp(values.cpu().numpy(), places, channel) for channel in HEAT.T]
+    return torch.from_numpy(np.stack(channels, axis=-3).round().astype(np.uint8))
 
 
 def mosaic(pictures: Tensor, columns: int, enlarge: int, gap: int) -> Tensor:
-    """Little pictures in rows, gaps between: uint8 (M, 3, h, w) -> uint8 (3, H, W)."""
+    """Little pictures in rows, gaps between them: uint8 (M, 3, h, w) -> uint8 (3, H, W)."""
     pictures = pictures.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    missing = -len(pictures) % columns
-    cells = F.pad(pictures, (0, gap, 0, gap, 0, 0, 0, missing), value=255)
-    M, _, h, w = cells.shape
-    rows = cells.reshape(M // columns, columns, 3, h, w).permute(2, 0, 3, 1, 4)
-    return rows.reshape(3, M // columns * h, columns * w)[:, :-gap, :-gap]
+    M, _, h, w = pictures.shape
+    rows = math.ceil(M / columns)
+    page = torch.full((3, rows * (h + gap) - gap, columns * (w + gap) - gap), 255,
+                      dtype=torch.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = i // columns * (h + gap), i % columns * (w + gap)
+        page[:, y:y + h, x:x + w] = picture
+    return page
 
 
-def draw_grid(rows: list[list[Tensor]], heads: list[str], title: str, caption: str,
-              notes: list[list[str]] | None = None, apart=(), foot: int = 0):
+def draw_grid(rows: list[list[tuple[Tensor, str]]], heads: list[list[str]], title: str,
+              caption: str, foot: int = 0, mark: tuple[int, int, int] | None = None) -> Sheet:
     """Tiles in rows and columns, as large as the sheet's width allows.
 
-    rows: tiles uint8 (3, H, W), all of one size; heads: a text over each column; notes: a text
-    under each tile; apart: columns with a wider gap before them; foot: free pixels at the bottom.
-    Returns the sheet, the (x, y) of every tile, and how many times the tiles are enlarged.
+    rows: tiles uint8 (3, H, W), all of one size, and the text under each; heads: a text over each
+    column, in groups with wider gaps between them; foot: free pixels at the bottom; mark: y, x and
+    side of a square to outline in every tile.
     """
-    H, W = rows[0][0].shape[-2:]
-    gaps = [0 if c == 0 else 5 * GAP if c in apart else GAP for c in range(len(heads))]
-    room = (WIDTH - 2 * MARGIN - sum(gaps)) // len(heads)
-    enlarge = max(1, min(320, room) // max(H, W))
-    step, pitch = W * enlarge, H * enlarge + (42 if notes else GAP)
-    left = [MARGIN + c * step + sum(gaps[:c + 1]) for c in range(len(heads))]
-    width = max(left[-1] + step + MARGIN, 680)
-    sheet = Sheet(width, 34 + len(rows) * pitch - GAP + foot, title, caption)
-    origins = [[(x, sheet.top + 34 + r * pitch) for x, _ in zip(left, row)]
-               for r, row in enumerate(rows)]
-    for x, head in zip(left, heads):
-        sheet.text(x + step / 2, sheet.top + 24, head, 24, GREY, "ms", fit=step)
+    H, W = rows[0][0][0].shape[-2:]
+    count = sum(map(len, heads))
+    room = WIDTH - 2 * MARGIN - GAP * (count - len(heads)) - 5 * GAP * (len(heads) - 1)
+    enlarge = max(1, min(320, room // count) // max(H, W))
+    width, height = W * enlarge, H * enlarge                # of a tile
+    lefts, x = [], MARGIN
+    for group in heads:
+        lefts += [x + i * (width + GAP) for i in range(len(group))]
+        x = lefts[-1] + width + 5 * GAP
+    pitch = height + (42 if any(note for row in rows for _, note in row) else GAP)
+    sheet = Sheet(max(lefts[-1] + width + MARGIN, 680), 34 + len(rows) * pitch - GAP + foot, title,
+                  caption)
+    for left, head in zip(lefts, sum(heads, [])):
+        sheet.text(left + width / 2, sheet.top + 24, head, GREY, "ms", width)
     for r, row in enumerate(rows):
-        for c, tile in enumerate(row):
-            x, y = origins[r][c]
-            sheet.tile(x, y, tile, enlarge)
-            if notes:
-                sheet.text(x + step / 2, y + H * enlarge + 24, notes[r][c], 24, GREY, "ms", step)
-    return sheet, origins, enlarge
+        y = sheet.top + 34 + r * pitch
+        for left, (tile, note) in zip(lefts, row):
+            sheet.tile(left, y, tile, enlarge)
+            sheet.text(left + width / 2, y + height + 24, note, GREY, "ms", width)
+            if mark:
+                y0, x0, side = (value * enlarge for value in mark)
+                x0, y0 = left + x0, y + y0
+                sheet.line([(x0, y0), (x0 + side, y0), (x0 + side, y0 + side), (x0, y0 + side),
+                            (x0, y0)], PAPER)
+    return sheet
 
 
 def save_png(picture: Image.Image, path: Path | str) -> None:
-    """Write a picture whole or not at all, with the texts in its `info`. Raises BadInput."""
-    texts, content = PngImagePlugin.PngInfo(), io.BytesIO()
-    for key, value in picture.info.items():
-        texts.add_text(key, value)
-    picture.save(content, "PNG", pnginfo=texts)
+    """Write a picture whole or not at all. Raises OSError if it cannot be written."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
     data.write_file(path, content.getvalue())
 
 
-def save_animation(frames: list[Image.Image], path: Path | str) -> None:
-    """Write a GIF or WebP that dwells on its last frame. Raises BadInput."""
-    content, kind = io.BytesIO(), Path(path).suffix[1:].upper()
-    if kind == "GIF":                                       # 256 colours, each frame its own
+def save_animation(frames: list[Image.Image], path: Path) -> None:
+    """Write a GIF or WebP that dwells on its last frame. Raises OSError."""
+    content, kind = io.BytesIO(), path.suffix[1:].upper()
+    if kind == "GIF":                                       # 256 colours, chosen for each frame
         frames = [frame.quantize(256, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(content, kind, save_all=True, append_images=frames[1:], loop=0, lossless=True,
                    duration=[400] * (len(frames) - 1) + [3000])    # milliseconds
@@ -208,35 +197,34 @@ def save_animation(frames: list[Image.Image], path: Path | str) -> None:
 
 # ------------------------------------------------------------------------------ reconstruct
 
-NORMALIZED = " · predicts normalised patches, shown with each patch's own mean and deviation"
+
+def percent(ratio: float) -> str:
+    return f"{100 * ratio:.3g} %"
 
 
-def to_pixels(model: mae.MAEViT, patches: Tensor, pred: Tensor) -> Tensor:
-    """What the model predicts as pixels, both (B, N, 3*p*p): where it predicts normalised
-    patches, each is brought back with its own mean and deviation (`mae.normalize_patches`)."""
-    if not model.norm_pix_loss:
-        return pred
-    deviation = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()   # (B, N, 1)
-    return pred * deviation + patches.mean(dim=-1, keepdim=True)
+def conditions(mask_ratio: float, norm_pix_loss: bool) -> str:
+    """The end of a caption."""
+    normalized = " · predicts normalised patches, shown with each patch's own mean and deviation"
+    return f" · mask ratio {percent(mask_ratio)}" + (normalized if norm_pix_loss else "")
 
 
 @torch.no_grad()
 def reconstruct(model: mae.MAEViT, images: Tensor, noise: Tensor, raw: bool = False,
                 mask_ratio: float | None = None) -> tuple[Tensor, Tensor]:
-    """Mask images and let the model fill them in, on the device where it is.
+    """Mask images and let the model fill them in, on the model's device.
 
-    images uint8 (B, 3, H, W), noise (B, N) -> tiles uint8 (B, 3, 3, H, W), which are masked,
-    reconstruction, original; error (B,), the mean squared error of the masked patches' pixels,
-    scaled to -1..1. Both on the CPU. The visible patches are pasted back unless `raw`; the mask
-    ratio is the model's own unless given. Raises ValueError where all or no patch would be visible.
+    images uint8 (B, 3, H, W), noise (B, N) -> tiles uint8 (B, 3, 3, H, W): masked, reconstruction,
+    original; error (B,): the mean squared error of the masked patches' pixels, scaled to -1..1.
+    Both are on the CPU. The visible patches are pasted back unless `raw`. mask_ratio: another one
+    than the model's own. Raises ValueError if it leaves no patch visible or none masked.
     """
-    device = model.encoder.pos_embed.device
-    p = model.encoder.patch_size
-    patches = model.encoder.patchify(data.scale(images.to(device)))     # (B, N, 3*p*p)
-    shuffle = mae.PatchShuffle(mask_ratio or model.shuffle.mask_ratio)
-    visible, restore, mask = shuffle(patches, noise.to(device))
-    pred = model.decoder(model.encoder(visible, restore), restore).float()
-    pred = to_pixels(model, patches, pred)                  # (B, N, 3*p*p)
+    device, p = model.encoder.pos_embed.device, model.encoder.patch_size
+    images = data.scale(images.to(device))
+    patches = model.encoder.patchify(images)                # (B, N, 3*p*p)
+    _, pred, mask = model(images, noise.to(device), mask_ratio)
+    pred = pred.float()
+    if model.norm_pix_loss:
+        pred = mae.denormalize_patches(pred, patches)
     error = ((pred - patches).square().mean(dim=-1) * mask).sum(dim=1) / mask.sum(dim=1)   # (B,)
     hidden = mask.unsqueeze(-1).bool()                      # (B, N, 1)
     masked = patches.masked_fill(hidden, HIDDEN / 127.5 - 1)
@@ -245,45 +233,36 @@ def reconstruct(model: mae.MAEViT, images: Tensor, noise: Tensor, raw: bool = Fa
     return torch.stack(tiles, dim=1).cpu(), error.cpu()
 
 
-def draw_triples(tiles: Tensor, title: str, caption: str, notes: list[list[str]] | None = None):
-    """Tiles uint8 (B, 3, 3, H, W) as `reconstruct` makes them, up to three images in a row."""
-    across = 1 if len(tiles) == 1 else 2 if len(tiles) <= 4 else 3
-    rows = [[tile for triple in tiles[i:i + across] for tile in triple]
-            for i in range(0, len(tiles), across)]
-    notes = notes and [sum(notes[i:i + across], []) for i in range(0, len(notes), across)]
-    return draw_grid(rows, ["masked", "reconstruction", "original"] * across, title, caption,
-                     notes, apart=range(3, 3 * across, 3))
+def draw_triples(tiles: Tensor, title: str, caption: str, errors: list[float] | None = None,
+                 labels: list[str] | None = None) -> Image.Image:
+    """Masked, reconstruction, original (MAE, figure 2), up to three images in a row.
 
-
-def reconstruction_grid(model: mae.MAEViT, images: Tensor, noise: Tensor, caption: str,
-                        raw: bool = False, labels: list[str] | None = None,
-                        epoch: int | None = None, mask_ratio: float | None = None) -> Image.Image:
-    """Masked, reconstruction, original (MAE, figure 2), each image's error under it.
-
-    images uint8 (B, 3, H, W), noise (B, N); caption: data set and run, to which epoch and mask
-    ratio are added; labels: a name for each image. The picture's `info["tiles"]` says where its
-    tiles are and of which epoch, so that `timeline` can cut them out. Raises ValueError where all
-    or no patch would be visible.
+    tiles: uint8 (B, 3, 3, H, W) from `reconstruct`; errors, labels: one for each image.
     """
-    tiles, errors = reconstruct(model, images, noise, raw, mask_ratio)
-    caption += f" · mask ratio {percent(mask_ratio or model.shuffle.mask_ratio)}"
-    if raw:
-        caption += " · bare prediction, visible patches not pasted back"
-    if model.norm_pix_loss:
-        caption += NORMALIZED
-    labels = labels or [""] * len(images)
-    notes = [["", f"error {error:.4f}", label] for error, label in zip(errors.tolist(), labels)]
-    title = "Reconstructions" if epoch is None else f"Reconstructions after epoch {epoch}"
-    sheet, origins, enlarge = draw_triples(tiles, title, caption, notes)
-    origins = sum(origins, [])
-    sheet.image.info["tiles"] = json.dumps({
-        "epoch": epoch, "caption": caption, "size": images.shape[-1], "enlarge": enlarge,
-        "origins": [origins[i:i + 3] for i in range(0, len(origins), 3)]})
-    return sheet.image
+    B = len(tiles)
+    across = 1 if B == 1 else 2 if B <= 4 else 3
+    notes = [f"error {error:.4f}" for error in errors] if errors else [""] * B
+    triples = [[(masked, ""), (filled, note), (original, label)] for (masked, filled, original),
+               note, label in zip(tiles, notes, labels or [""] * B)]
+    rows = [sum(triples[i:i + across], []) for i in range(0, B, across)]
+    heads = [["masked", "reconstruction", "original"]] * across
+    return draw_grid(rows, heads, title, caption).picture()
 
 
-def percent(ratio: float) -> str:
-    return f"{100 * ratio:.3g} %"
+def save_epoch(folder: Path, epoch: int, model: mae.MAEViT, images: Tensor, noise: Tensor,
+               caption: str) -> None:
+    """The reconstructions after an epoch: a picture, epoch-0001.png, and the same tiles as an
+    array, epoch-0001.npy, from which `timeline` draws. Raises OSError.
+
+    images uint8 (B, 3, H, W), noise (B, N); caption: data set and run.
+    """
+    tiles, errors = reconstruct(model, images, noise)
+    array = io.BytesIO()
+    np.save(array, tiles.numpy())
+    data.write_file(folder / f"epoch-{epoch:04}.npy", array.getvalue())
+    caption += conditions(model.shuffle.mask_ratio, model.norm_pix_loss)
+    picture = draw_triples(tiles, f"Reconstructions after epoch {epoch}", caption, errors.tolist())
+    save_png(picture, folder / f"epoch-{epoch:04}.png")
 
 
 # ------------------------------------------------------------------------------ ratios
@@ -291,86 +270,51 @@ def percent(ratio: float) -> str:
 
 def draw_ratios(model: mae.MAEViT, images: Tensor, noise: Tensor, caption: str,
                 ratios=(0.5, 0.75, 0.85, 0.95)) -> Image.Image:
-    """One image a row, more and more of it hidden (MAE, figure 4).
+    """One row per image, with more and more of it hidden (MAE, figure 4).
 
     images uint8 (B, 3, H, W), noise (B, N): what is hidden at one ratio is hidden at all higher
-    ones. Raises ValueError where a ratio leaves no patch visible or none masked.
+    ones. Raises ValueError if a ratio leaves no patch visible or none masked.
     """
-    rows, notes = [[image] for image in images], [[""] for _ in images]
+    rows, heads = [[(image, "")] for image in images], [["original"]]
     for ratio in ratios:
-        for i, (tiles, error) in enumerate(zip(*reconstruct(model, images, noise,
-                                                            mask_ratio=ratio))):
-            rows[i] += tiles[:2]
-            notes[i] += ["", f"error {error:.4f}"]
-    heads = ["original", *(head for ratio in ratios
-                           for head in (f"{percent(ratio)} masked", "reconstruction"))]
-    caption += f" · pre-trained with mask ratio {percent(model.shuffle.mask_ratio)}"
-    if model.norm_pix_loss:
-        caption += NORMALIZED
-    sheet, _, _ = draw_grid(rows, heads, "How much can be hidden?", caption, notes,
-                            apart=range(1, len(heads), 2))
-    return sheet.image
+        heads.append([f"{percent(ratio)} masked", "reconstruction"])
+        for row, (masked, filled, _), error in zip(
+                rows, *reconstruct(model, images, noise, mask_ratio=ratio)):
+            row += [(masked, ""), (filled, f"error {error:.4f}")]
+    caption += conditions(model.shuffle.mask_ratio, model.norm_pix_loss).replace(
+        "mask ratio", "pre-trained with mask ratio")
+    return draw_grid(rows, heads, "How much can be hidden?", caption).picture()
 
 
 # ------------------------------------------------------------------------------ timeline
 
 
-def read_tiles(path: Path) -> tuple[int, str, Tensor]:
-    """A picture of `reconstruction_grid` -> epoch, caption, tiles uint8 (B, 3, 3, H, W).
-
-    Raises BadInput where the file is none.
-    """
-    picture = open_image(path)
-    try:
-        about, pixels = json.loads(picture.info["tiles"]), np.asarray(picture.convert("RGB"))
-        size, enlarge = about["size"], about["enlarge"]
-        tiles = np.stack([[pixels[y:y + size * enlarge:enlarge, x:x + size * enlarge:enlarge]
-                           for x, y in triple] for triple in about["origins"]])
-        if tiles.shape[1:] != (3, size, size, 3):
-            raise ValueError("tiles outside of the picture")
-        tiles = torch.from_numpy(tiles).permute(0, 1, 4, 2, 3)
-        return int(about["epoch"]), str(about["caption"]), tiles
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError):
-        raise BadInput(f"{path} is not a picture that pretrain.py drew of an epoch; delete it, or "
-                       "give another run") from None
-
-
-def read_run_pictures(run: Path) -> list[tuple[int, str, Tensor]]:
-    """What `read_tiles` returns for each picture of a run, by epoch. Raises BadInput."""
-    paths = sorted((run / "reconstructions").glob("*.png"))
-    if not paths:
-        raise BadInput(f"{run} holds no reconstructions/epoch-*.png: give the folder of a run of "
-                       "pretrain.py that has done an epoch")
-    pictures = [read_tiles(path) for path in paths]
-    for path, (_, _, tiles) in zip(paths, pictures):
-        if tiles.shape != pictures[0][2].shape:
-            raise BadInput(f"{path} shows other images than {paths[0].name}: delete one of the two")
-    return sorted(pictures, key=lambda picture: picture[0])
-
-
-def draw_timeline(pictures: list[tuple[int, str, Tensor]], count: int = 6) -> Image.Image:
+def draw_timeline(epochs: dict[int, Tensor], caption: str, count: int = 6) -> Image.Image:
     """The first `count` images of a run at up to seven epochs, early to late, as one sheet.
 
-    pictures: from `read_run_pictures`; most is learned early, so the epochs lie closer there.
+    epochs: for each epoch, in order, tiles uint8 (B, 3, 3, H, W) from `read_epochs`. Most is
+    learned early, so the epochs that are shown lie closer there.
     """
-    epochs = np.array([epoch for epoch, _, _ in pictures])
-    wanted = np.geomspace(max(epochs[0], 1), max(epochs[-1], 1), min(7, len(epochs)))
-    chosen = sorted({int(abs(epochs - epoch).argmin()) for epoch in wanted})
-    _, caption, tiles = pictures[-1]
-    rows = [[tiles[i, 0], *(pictures[c][2][i, 1] for c in chosen), tiles[i, 2]]
-            for i in range(min(count, len(tiles)))]
-    heads = ["masked", *(f"epoch {epochs[c]}" for c in chosen), "original"]
-    sheet, _, _ = draw_grid(rows, heads, "Reconstructions as pre-training goes on", caption,
-                            apart=(1, len(heads) - 1))
-    return sheet.image
+    numbers = np.array(list(epochs))
+    wanted = np.geomspace(max(numbers[0], 1), max(numbers[-1], 1), min(7, len(numbers)))
+    shown = sorted({int(numbers[abs(numbers - number).argmin()]) for number in wanted})
+    last = epochs[shown[-1]][:count]
+    rows = [[(last[i, 0], ""), *((epochs[epoch][i, 1], "") for epoch in shown), (last[i, 2], "")]
+            for i in range(len(last))]
+    heads = [["masked"], [f"epoch {epoch}" for epoch in shown], ["original"]]
+    return draw_grid(rows, heads, "Reconstructions as pre-training goes on", caption).picture()
 
 
-def draw_frames(pictures: list[tuple[int, str, Tensor]], count: int = 6,
+def draw_frames(epochs: dict[int, Tensor], caption: str, count: int = 6,
                 most: int = 60) -> list[Image.Image]:
-    """The first `count` images of a run, a frame an epoch, at most so many; for an animation."""
-    chosen = np.linspace(0, len(pictures) - 1, min(most, len(pictures))).round().astype(int)
-    return [draw_triples(tiles[:count], f"Reconstructions after epoch {epoch}", caption)[0].image
-            for epoch, caption, tiles in (pictures[c] for c in chosen)]
+    """The first `count` images of a run, at most `most` epochs, one frame each, for an animation.
+
+    epochs: as for `draw_timeline`.
+    """
+    numbers = list(epochs)
+    shown = np.linspace(0, len(numbers) - 1, min(most, len(numbers))).round().astype(int)
+    return [draw_triples(epochs[numbers[i]][:count], f"Reconstructions after epoch {numbers[i]}",
+                         caption) for i in shown]
 
 
 # ------------------------------------------------------------------------------ curves
@@ -386,138 +330,124 @@ METRICS = {     # name: (axis title, column of the training set or the only one,
 USUAL = ("loss", "cross-entropy", "accuracy", "lr")
 COLORS = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233),
           (230, 159, 0), (0, 0, 0), (150, 150, 150)]    # Okabe and Ito's, safe for the colour-blind
+THICK, THIN = 5, 2              # pixels: lines of the test set and of the training set
+LARGEST, SMALLEST = 1e99, 1e-99     # of a number that can be drawn; the second on a log axis
 
 
-def round_ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """At most so many multiples of 1, 2 or 5 times a power of ten between low and high."""
-    power = 10.0 ** math.floor(math.log10((high - low) / count))
-    step = next(m * power for m in (1, 2, 5, 10) if (high - low) / (m * power) <= count)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [float(f"{i * step:.9g}") for i in range(first, last + 1)]
+def ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
+    """About six round numbers on an axis from low to high: their places and labels.
+
+    On a logarithmic axis places are exponents of ten, and so are low and high.
+    """
+    if log and high - low > 1:                              # 1, 2, 5, 10, 20, 50, 100, ...
+        values = [m * 10.0 ** power for power in range(math.floor(low), math.ceil(high) + 1)
+                  for m in (1, 2, 5)]
+        if high - low > 3:                                  # 1, 10, 100, ... or fewer
+            values = values[::3 * math.ceil((high - low) / 8)]
+        values = [value for value in values if low <= math.log10(value) <= high]
+    else:
+        first, last = (10 ** low, 10 ** high) if log else (low, high)
+        step = 10.0 ** math.floor(math.log10((last - first) / 6))
+        step *= next(m for m in (1, 2, 5, 10) if (last - first) / (m * step) <= 6)
+        values = [i * step for i in range(math.ceil(first / step - 1e-9),
+                                          math.floor(last / step + 1e-9) + 1)]
+    labels = [f"{value:g}" for value in values]
+    if not log and "e" not in "".join(labels):              # equally many decimals
+        decimals = max(len(label.partition(".")[2]) for label in labels)
+        labels = [f"{value:.{decimals}f}" for value in values]
+    return [(math.log10(value) if log else value, label) for value, label in zip(values, labels)]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, with their multiples by 2 and 5 where there is room for them."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for multiples in ((1,), (1, 2, 5)):
-        ticks = [m * 10.0 ** power for power in powers for m in multiples]
-        ticks = [float(f"{tick:.9g}") for tick in ticks if low <= tick <= high]
-        if len(ticks) >= 3:
-            return ticks[::-(-len(ticks) // 8)]
-    return round_ticks(low, high)
-
-
-def tick_labels(ticks: list[float], log: bool) -> list[str]:
-    """Short numbers; on a linear axis with equally many decimals."""
-    labels = [f"{tick:g}" for tick in ticks]
-    if log or "e" in "".join(labels):
-        return labels
-    decimals = max(len(label.partition(".")[2]) for label in labels)
-    return [f"{tick:.{decimals}f}" for tick in ticks]
-
-
-def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title: str, lines,
-               log: bool) -> None:
+def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title: str,
+               lines: list[tuple], log: bool) -> None:
     """Axes and curves in the box (left, top, right, bottom).
 
-    lines: (xs (n,), ys (n,), color, dashed), NaN where there is nothing to draw.
+    lines: (xs (n,), ys (n,), color, width), ys NaN for a gap, and log10 of the values if `log`.
     """
     left, top, right, bottom = box[0] + 96, box[1] + 44, box[2] - 16, box[3] - 80
     every_x = np.concatenate([xs for xs, _, _, _ in lines])
     every_y = np.concatenate([ys[np.isfinite(ys)] for _, ys, _, _ in lines])
     sheet.text(left, box[1] + 32, title, anchor="ls", fit=right - left)
-    sheet.text((left + right) / 2, bottom + 46, x_title, 24, GREY, "ma")
-    sheet.draw.line([(left, top), (left, bottom), (right, bottom)], GREY, 2)
+    sheet.text((left + right) / 2, bottom + 46, x_title, GREY, "ma")
     if not len(every_y):
-        sheet.text((left + right) / 2, (top + bottom) / 2, "no finite value", 24, GREY, "mm")
-        return
-    bend = np.log10 if log else np.asarray
+        sheet.text((left + right) / 2, (top + bottom) / 2, "no value to draw", GREY, "mm")
+        every_y = np.zeros(1)
     x1 = max(every_x.max(), 1e-9)
     x0 = min(every_x.min(), x1 - 1) if x_title == "epoch" else 0    # a lone epoch stands at the end
-    y0, y1 = bend(every_y.min()), bend(every_y.max())
+    y0, y1 = every_y.min(), every_y.max()
     pad = max(0.05 * (y1 - y0), 0.01 * max(abs(y0), abs(y1))) or 0.05
-    y0, y1 = y0 - pad, y1 + pad
-    if not log and every_y.min() >= 0:
-        y0 = max(y0, 0)
+    y0, y1 = y0 - pad if log or y0 < 0 else max(y0 - pad, 0), y1 + pad
 
-    def place(xs, ys):
-        return np.stack([left + (xs - x0) / (x1 - x0) * (right - left),
-                         bottom - (bend(ys) - y0) / (y1 - y0) * (bottom - top)], axis=-1)
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (left + (x - x0) / (x1 - x0) * (right - left),
+                bottom - (y - y0) / (y1 - y0) * (bottom - top))
 
-    ticks = log_ticks(10 ** y0, 10 ** y1) if log else round_ticks(y0, y1)
-    for tick, label in zip(ticks, tick_labels(ticks, log)):
+    for tick, label in ticks(y0, y1, log):
         y = round(place(x0, tick)[1])
-        sheet.draw.line([(left + 2, y), (right, y)], FAINT)
-        sheet.text(left - 10, y, label, 24, GREY, "rm")
-    for tick in round_ticks(x0, x1):
-        if x_title != "epoch" or tick == int(tick):
-            x = round(place(tick, every_y[0])[0])
-            sheet.draw.line([(x, bottom), (x, bottom + 6)], GREY, 2)
-            sheet.text(x, bottom + 12, f"{tick:g}", 24, GREY, "ma")
-    for xs, ys, color, dashed in lines:
-        there = np.isfinite(ys)
-        for drawn, part in itertools.groupby(range(len(xs)), key=there.__getitem__):
-            part = list(part)
-            points = place(xs[part], ys[part]) if drawn else ()
-            if len(points) > 1:
-                sheet.line(points, color, 3, dashed)
-            elif len(points):                               # a dot, where no line can be
-                sheet.line([points[0] - (3, 0), points[0] + (3, 0)], color, 6)
+        sheet.line([(left, y), (right, y)], FAINT)
+        sheet.text(left - 10, y, label, GREY, "rm")
+    for tick, _ in ticks(x0, x1, log=False):
+        if x_title != "epoch" or tick == round(tick):
+            x = round(place(tick, y0)[0])
+            sheet.line([(x, bottom), (x, bottom + 8)], GREY)
+            sheet.text(x, bottom + 12, f"{tick:g}", GREY, "ma")
+    sheet.line([(left, top), (left, bottom), (right, bottom)], GREY)
+    for xs, ys, color, width in lines:
+        there = np.flatnonzero(np.isfinite(ys))
+        for part in np.split(there, np.flatnonzero(np.diff(there) > 1) + 1):
+            if len(part):
+                sheet.line([place(xs[i], ys[i]) for i in part], color, width)
 
 
 def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False,
                 metrics: list[str] | None = None, caption: str = "") -> Image.Image:
-    """Curves of one or many runs, a panel a metric (keys of METRICS; the USUAL ones by default).
+    """Curves of one or several runs, one panel per metric (keys of METRICS; USUAL by default).
 
-    runs: for each label in the legend the rows of log.csv as dicts of numbers; what a run's rows
-    lack is left out, what is not finite is a gap. x: "epoch" or "time", the rows' seconds summed
-    up. log: logarithmic axes, but for accuracy; what is not positive is then a gap. Raises
-    BadInput where there is nothing to draw.
+    runs: for each label in the legend, the rows of log.csv as dicts of numbers, at least one.
+    Columns that a run does not have are left out; values that cannot be drawn are gaps. x: "epoch",
+    or "time", the sum of the rows' seconds. log: logarithmic axes, except for accuracy. Raises
+    BadInput if there are too many runs, or none has the metrics.
     """
-    shown = [name for name in metrics or USUAL
-             if any(METRICS[name][1] in row for rows in runs.values() for row in rows[:1])]
     if len(runs) > len(COLORS):
-        raise BadInput(f"{len(runs)} runs are more than colours tell apart: give at most "
-                       f"{len(COLORS)}")
+        raise BadInput(f"{len(runs)} runs are too many for one picture: give at most {len(COLORS)}")
+    possible = [name for name, (_, column, _) in METRICS.items()
+                if any(column in rows[0] for rows in runs.values())]
+    shown = [name for name in metrics or USUAL if name in possible]
     if not shown:
-        raise BadInput(f"no log has a column for {', '.join(metrics or USUAL)}: leave --metric "
-                       "out, or give other runs")
+        raise BadInput(f"no log has what --metric {' --metric '.join(metrics or USUAL)} needs: "
+                       f"choose from {', '.join(possible)}")
     times = [np.nan_to_num([row["seconds"] for row in rows], posinf=0).clip(0, 1e9).cumsum()
              for rows in runs.values()]
-    longest = max(time[-1] for time in times)
-    unit, seconds = (("hours", 3600) if longest > 7200 else ("minutes", 60) if longest > 120
-                     else ("seconds", 1))
-    both = any(METRICS[name][2] for name in shown)
-    legend = [(label, color, False) for label, color in zip(runs, COLORS)]
-    legend += [("test", GREY, False), ("train", GREY, True)] if both else []
-    places, right, down = [], 0, 0
-    for label, _, _ in legend:
-        needed = min(int(font(24).getlength(label)) + 110, WIDTH - 2 * MARGIN)
-        if right and right + needed > WIDTH - 2 * MARGIN or label == "test" and len(runs) > 1:
-            right, down = 0, down + 38
-        places.append((MARGIN + right, down))
-        right += needed
+    unit, seconds = ("hours", 3600) if max(time[-1] for time in times) > 7200 else ("minutes", 60)
+
+    if any(METRICS[name][2] for name in shown):
+        caption = f"{caption} · thick: test, thin: train".removeprefix(" · ")
+    room = WIDTH - 2 * MARGIN
+    entry = min(room, int(max(map(text_width, runs))) + 110)     # of the legend
+    columns = room // entry
+    down = 38 * math.ceil(len(runs) / columns) + 16
     across = 3 if len(shown) == 3 else min(2, len(shown))
-    width, height = (WIDTH - 2 * MARGIN) // across, 460
-    sheet = Sheet(WIDTH, down + 50 + height * -(-len(shown) // across), "Training curves", caption)
-    for (label, color, dashed), (left, down) in zip(legend, places):
-        y = sheet.top + down + 18
-        sheet.line([(left, y), (left + 52, y)], color, 4, dashed)
-        sheet.text(left + 64, y, label, anchor="lm", fit=WIDTH - 2 * MARGIN - 80)
+    width, height = room // across, 460
+    sheet = Sheet(WIDTH, down + height * math.ceil(len(shown) / across), "Training curves", caption)
+    for i, (label, color) in enumerate(zip(runs, COLORS)):
+        left, y = MARGIN + i % columns * entry, sheet.top + 18 + i // columns * 38
+        sheet.line([(left, y), (left + 52, y)], color, THICK)
+        sheet.text(left + 64, y, label, anchor="lm", fit=entry - 64)
     for i, name in enumerate(shown):
-        title, *columns = METRICS[name]
-        lines, logarithmic = [], log and name != "accuracy"
+        title, train, test = METRICS[name]
+        bent, lines = log and name != "accuracy", []
         for rows, time, color in zip(runs.values(), times, COLORS):
             xs = time / seconds if x == "time" else np.array([row["epoch"] for row in rows], float)
-            for column, dashed in zip(columns, (columns[1] is not None, False)):
-                if columns[0] in rows[0] and column in rows[0]:
+            for column in (train, test) if train in rows[0] else ():
+                if column in rows[0]:
                     ys = np.array([row[column] for row in rows], dtype=float)
-                    ys[~(abs(ys) < 1e99) | (logarithmic & ~(ys > 0))] = math.nan
-                    lines.append((xs, ys, color, dashed))
-        left, top = MARGIN + i % across * width, sheet.top + down + 50 + i // across * height
+                    ys[~(abs(ys) < LARGEST) | (bent & ~(ys > SMALLEST))] = math.nan
+                    thick = THIN if test and column == train else THICK
+                    lines.append((xs, np.log10(ys) if bent else ys, color, thick))
+        left, top = MARGIN + i % across * width, sheet.top + down + i // across * height
         draw_panel(sheet, (left, top, left + width, top + height), title,
-                   "epoch" if x == "epoch" else f"time in {unit}", lines, logarithmic)
-    return sheet.image
+                   "epoch" if x == "epoch" else f"time in {unit}", lines, bent)
+    return sheet.picture()
 
 
 # ------------------------------------------------------------------------------ attention
@@ -529,16 +459,15 @@ def encoder_of(model: nn.Module) -> mae.Encoder:
 
 @torch.no_grad()
 def draw_attention(model: nn.Module, images: Tensor, caption: str, labels: list[str],
-                   patch: tuple[int, int] | None = None, block: int = -1) -> Image.Image:
+                   patch: tuple[int, int] | None, block: int) -> Image.Image:
     """Where a token looks in whole images, head by head (ViT, section 4.5).
 
-    images uint8 (B, 3, H, W); patch: (row, column) of the one that looks, None for the class
-    token; block: counted from 0, or from the last, -1. Each map is scaled by its own largest
-    weight; the weight on the class token is left out.
+    images uint8 (B, 3, H, W); patch: (row, column) of the one that looks, or None for the class
+    token; block: its index. Each map is scaled by its own largest weight; the weight on the class
+    token is left out.
     """
     encoder = encoder_of(model)
-    p, depth = encoder.patch_size, len(encoder.blocks)
-    side = encoder.image_size // p
+    p, side = encoder.patch_size, encoder.image_size // encoder.patch_size
     looking = 0 if patch is None else 1 + patch[0] * side + patch[1]
     maps = encoder.attention_maps(data.scale(images))[block][:, :, looking, 1:]     # (B, h, N)
     maps = torch.cat([maps, maps.mean(dim=1, keepdim=True)], dim=1)                 # (B, h+1, N)
@@ -546,18 +475,16 @@ def draw_attention(model: nn.Module, images: Tensor, caption: str, labels: list[
     colors = heat(maps.repeat_interleave(p, -2).repeat_interleave(p, -1))   # (B, h+1, 3, H, W)
     grey = images.float().mean(dim=1)[:, None, None]                        # (B, 1, 1, H, W)
     overlaid = (0.35 * grey + 0.65 * colors).round().to(torch.uint8)
-    rows = [[image, *row] for image, row in zip(images, overlaid)]
-    heads = ["image", *(f"head {h + 1}" for h in range(maps.shape[1] - 1)), "mean"]
-    notes = [[label] + [""] * (len(heads) - 1) for label in labels]
+    tiles = torch.cat([images[:, None], overlaid], dim=1)                   # (B, h+2, 3, H, W)
+    rows = [[(tile, "" if c else label) for c, tile in enumerate(row)]
+            for row, label in zip(tiles, labels)]
+    heads = [["image"], [f"head {h + 1}" for h in range(maps.shape[1] - 1)], ["mean"]]
     who = "the class token" if patch is None else f"patch {patch[0]},{patch[1]}"
-    sheet, origins, enlarge = draw_grid(
-        rows, heads, f"Where {who} looks", f"{caption} · block {block % depth + 1} of {depth} · "
-        "whole images, nothing masked", notes, apart=(1, len(heads) - 1), foot=44)
-    for x, y in sum(origins, []) if patch else ():
-        x, y = x + patch[1] * p * enlarge, y + patch[0] * p * enlarge
-        sheet.draw.rectangle((x - 1, y - 1, x + p * enlarge, y + p * enlarge), None, PAPER, 3)
-    sheet.color_bar(sheet.image.height - MARGIN - 20, "0", "max", "weight, for each map")
-    return sheet.image
+    caption += f" · block {block + 1} of {len(encoder.blocks)} · nothing masked"
+    sheet = draw_grid(rows, heads, f"Where {who} looks", caption, foot=44,
+                      mark=patch and (patch[0] * p, patch[1] * p, p))
+    sheet.color_bar(sheet.bottom - 20, "0 to the largest weight of each map")
+    return sheet.picture()
 
 
 # ------------------------------------------------------------------------------ embeddings
@@ -569,90 +496,93 @@ def draw_embeddings(model: nn.Module, caption: str) -> Image.Image:
 
     ViT, figure 7: the map at row i, column j shows the cosine similarity of the position
     embedding of patch (i, j) with those of all patches, after subtracting their mean, which says
-    nothing about position. A filter is the weights of one of the D outputs for the pixels of a
-    patch, grey for zero, scaled by its largest weight; the largest norm comes first.
+    nothing about position. Of a grid of 32 x 32 patches every second row and column has a map. A
+    filter is the weights of one of the D outputs for the pixels of a patch, grey for zero, scaled
+    by its largest weight. Those with the largest norm are shown.
     """
     encoder = encoder_of(model)
-    side = encoder.image_size // encoder.patch_size
+    p, side = encoder.patch_size, encoder.image_size // encoder.patch_size
     positions = {"encoder": encoder.pos_embed[0]}           # (N, D)
     if isinstance(model, mae.MAEViT):                       # (N, D'), without the class token's
         positions["decoder"] = model.decoder.pos_embed[0, 1:]
-    half = (WIDTH - 2 * MARGIN - 40) // 2
+    every = math.ceil(side / 16)
+    across = side // every                                  # maps in a row
     maps = []
     for embedding in positions.values():
-        embedding = embedding - embedding.mean(dim=0)
-        alike = F.normalize(embedding, dim=1) @ F.normalize(embedding, dim=1).T     # (N, N)
-        maps.append(mosaic(heat((alike.view(-1, side, side) + 1) / 2), side,
-                           max(1, (half // side - 6) // side), 6))
-    filters = encoder.patch_embed.proj.weight               # (D, 3, p, p)
-    filters = filters[filters.flatten(1).norm(dim=1).argsort(descending=True)]
-    peak = filters.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-9)
-    most = (WIDTH - 2 * MARGIN) // (encoder.patch_size + 6)
-    columns = min(48, most, math.ceil(encoder.dim / 4))     # four rows, more where it is wide
-    room = min(60, (WIDTH - 2 * MARGIN) // columns - 6)
-    enlarge = max(1, room // encoder.patch_size)
-    filters = mosaic(data.unscale(filters / peak), columns, enlarge, 6)
+        embedding = F.normalize(embedding - embedding.mean(dim=0), dim=1)
+        alike = (embedding @ embedding.T).view(side, side, side, side)
+        alike = alike[::every, ::every].flatten(0, 1)       # (maps, side, side)
+        maps.append(mosaic(heat((alike + 1) / 2), across, (800 // across - GAP) // side, GAP))
     size = maps[0].shape[-1]
-    sheet = Sheet(WIDTH, 40 + size + 64 + 60 + filters.shape[1],
+    width = len(maps) * (size + MARGIN) - MARGIN
+    filters = encoder.patch_embed.proj.weight               # (D, 3, p, p)
+    filters = filters[filters.flatten(1).norm(dim=1).argsort(descending=True)][:192]
+    peak = filters.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-9)
+    enlarge = max(1, 44 // p)
+    picture = mosaic(data.unscale(filters / peak), (width + GAP) // (p * enlarge + GAP), enlarge, GAP)
+
+    sheet = Sheet(width + 2 * MARGIN, size + picture.shape[1] + 154,
                   "Position embeddings and patch filters", caption)
-    for i, (name, picture) in enumerate(zip(positions, maps)):
-        x = MARGIN + i * (half + 40)
+    for i, (name, map_) in enumerate(zip(positions, maps)):
+        x = MARGIN + i * (size + MARGIN)
         sheet.text(x, sheet.top + 2, f"position embeddings of the {name}")
-        sheet.tile(x, sheet.top + 40, picture)
+        sheet.tile(x, sheet.top + 40, map_)
     y = sheet.top + 40 + size + 18
-    sheet.color_bar(y, "-1", "1", "cosine similarity of one position's embedding with all others, "
-                    "their mean subtracted")
-    sheet.text(MARGIN, y + 58, f"{encoder.dim} filters of the patch embedding, largest norm first")
-    sheet.tile(MARGIN, y + 96, filters)
-    return sheet.image
+    sheet.color_bar(y, "cosine similarity, -1 to 1")
+    sheet.text(MARGIN, y + 58, f"{len(filters)} of {encoder.dim} filters of the patch embedding, "
+               "largest norm first")
+    sheet.tile(MARGIN, y + 96, picture)
+    return sheet.picture()
 
 
 # ------------------------------------------------------------------------------ architecture
 
-STAGE = 224     # pixels: the side of a picture in the figure
+STAGE = 224                     # pixels: the side of a picture in the figure
+ORANGE, SLATE = (230, 120, 0), (150, 172, 205)      # the class token, mask tokens
 
 
 def cells(pictures: Tensor, columns: int) -> Tensor:
     """Little pictures uint8 (M, 3, h, w) as a mosaic about STAGE pixels wide and high."""
-    most = max(columns, -(-len(pictures) // columns))
+    most = max(columns, math.ceil(len(pictures) / columns))
     return mosaic(pictures, columns, max(1, (STAGE // most - 2) // pictures.shape[-1]), 2)
 
 
-def draw_flow(stages: list[tuple], arrows: list[tuple[str, str]], title: str,
-              caption: str) -> Image.Image:
-    """Stages, four in a row, and what goes from each to the next.
+def draw_flow(stages: list[tuple], title: str, caption: str) -> Image.Image:
+    """Stages, four in a row, with an arrow from each to the next.
 
-    stages: (name, picture uint8 (3, h, w) or the lines in a box, note); arrows: (shape of what
-    leaves the stage, action).
+    stages: (name, picture uint8 (3, h, w) or the lines in a box, note, text over the arrow, text
+    under it).
     """
     step, pitch = (WIDTH - 2 * MARGIN - STAGE) // 3, STAGE + 172
-    sheet = Sheet(WIDTH, -(-len(stages) // 4) * pitch - 96, title, caption)
+    sheet = Sheet(WIDTH, math.ceil(len(stages) / 4) * pitch - 96, title, caption)
     corners = [(MARGIN + i % 4 * step, sheet.top + 36 + i // 4 * pitch) for i in range(len(stages))]
-    for (name, content, note), (x, y) in zip(stages, corners):
-        sheet.text(x + STAGE / 2, y - 12, name, anchor="ms")
-        sheet.text(x + STAGE / 2, y + STAGE + 30, note, 24, GREY, "ms", fit=STAGE + 60)
+    for (name, content, note, *_), (x, y) in zip(stages, corners):
+        middle = x + STAGE / 2
+        sheet.text(middle, y - 12, name, anchor="ms")
+        sheet.text(middle, y + STAGE + 30, note, GREY, "ms", fit=STAGE + 60)
         if isinstance(content, Tensor):
             _, h, w = content.shape
             sheet.tile(x + (STAGE - w) // 2, y + (STAGE - h) // 2, content)
         else:
-            sheet.draw.rounded_rectangle((x, y, x + STAGE, y + STAGE), 14, (246, 248, 250), GREY, 2)
+            corner = [SHARP * value for value in (x, y, x + STAGE, y + STAGE)]
+            sheet.draw.rounded_rectangle(corner, SHARP * 14, (246, 248, 250), GREY, SHARP * 2)
             for i, line in enumerate(content):
-                sheet.text(x + STAGE / 2, y + STAGE / 2 + 40 * (i - (len(content) - 1) / 2), line,
-                           26, anchor="mm")
-    for i, ((x, y), (x1, y1), (shape, action)) in enumerate(zip(corners, corners[1:], arrows)):
+                sheet.text(middle, y + STAGE / 2 + 40 * (i - (len(content) - 1) / 2), line,
+                           anchor="mm")
+    for i, ((x, y), (x1, y1), (*_, over, under)) in enumerate(zip(corners, corners[1:], stages)):
         if i % 4 < 3:                                       # to the right
-            y += STAGE / 2
+            y += STAGE // 2
             points = [(x + STAGE + 12, y), (x1 - 12, y)]
             fit = step - STAGE - 24
         else:                                               # around, to the next row
-            x, x1, y = x + STAGE / 2, x1 + STAGE / 2, y1 - 84
+            x, x1, y = x + STAGE // 2, x1 + STAGE // 2, y1 - 84
             points = [(x, y - 12), (x, y), (x1, y), (x1, y1 - 40)]
             fit = WIDTH
         sheet.arrow(points)
         middle = (points[0][0] + points[-1][0]) / 2
-        sheet.text(middle, y - 14, shape, 24, anchor="ms", fit=fit)
-        sheet.text(middle, y + 34, action, 24, GREY, "ms", fit=fit)
-    return sheet.image
+        sheet.text(middle, y - 14, over, anchor="ms", fit=fit)
+        sheet.text(middle, y + 34, under, GREY, "ms", fit=fit)
+    return sheet.picture()
 
 
 @torch.no_grad()
@@ -664,174 +594,185 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
     """
     encoder, decoder, p = model.encoder, model.decoder, model.encoder.patch_size
     images = data.scale(image[None])                        # (1, 3, H, W)
+    loss, pred, mask = model(images, noise)                 # (), (1, N, 3*p*p), (1, N)
     patches = encoder.patchify(images)                      # (1, N, 3*p*p)
-    visible, restore, mask = model.shuffle(patches, noise)  # (1, K, 3*p*p), (1, N), (1, N)
-    tokens = encoder.embed(visible, restore)                # (1, 1 + K, D)
-    latent = encoder(visible, restore)                      # (1, 1 + K, D)
-    pred = decoder(latent, restore)                         # (1, N, 3*p*p)
-    target = mae.normalize_patches(patches) if model.norm_pix_loss else patches
-    error = (pred - target).square().mean(dim=-1)           # (1, N)
-    side, K, hidden = image.shape[-1] // p, visible.shape[1], int(mask.sum())
-    N, across = side * side, math.isqrt(visible.shape[1])
+    tokens = encoder.embed(patches)                         # (1, N, D)
+    visible, restore, _ = model.shuffle(tokens, noise)      # (1, K, D), (1, N)
+    latent = encoder(visible)                               # (1, 1 + K, D)
+    filled = decoder.fill_gaps(latent, restore)             # (1, 1 + N, D')
+    N, K = patches.shape[1], visible.shape[1]
+    errors = torch.stack([model.loss(patches, pred, one) for one in torch.eye(N)[:, None]])  # (N,)
+    side, across = math.isqrt(N), math.isqrt(K)             # columns in the pictures
+    hidden = mask[0].bool()                                 # (N,)
 
     def batch(tensor: Tensor) -> str:
         return f"({', '.join(map(str, ['B', *tensor.shape[1:]]))})"
 
-    def cut(values: Tensor) -> Tensor:                      # (1, M, 3*p*p) -> uint8 (M, 3, p, p)
-        return data.unscale(values[0]).unflatten(1, (3, p, p))
+    def cut(patches: Tensor) -> Tensor:                     # (1, N, 3*p*p) -> uint8 (N, 3, p, p)
+        return data.unscale(patches[0]).unflatten(1, (3, p, p))
 
     def with_class(colors: Tensor, columns: int) -> Tensor:     # the class token on its own row
-        first = torch.full((columns, 3, 1, 1), 255, dtype=torch.uint8)
-        first[0, :, 0, 0] = torch.tensor(ORANGE)
-        return cells(torch.cat([first, colors[:, :, None, None]]), columns)
+        first = torch.full((columns, 3), 255, dtype=torch.uint8)
+        first[0] = torch.tensor(ORANGE)
+        return cells(torch.cat([first, colors])[:, :, None, None], columns)
 
-    def blocks(part: nn.Module) -> str:
-        return f"{len(part.blocks)} block{'s' if len(part.blocks) > 1 else ''}"
+    def box(part: nn.Module, last: str) -> tuple[list[str], str]:       # lines, note
+        lines = [f"{len(part.blocks)} blocks", f"{part.pos_embed.shape[-1]} wide",
+                 f"{part.blocks[0].attn.heads} heads", last]
+        return lines, f"{sum(weights.numel() for weights in part.parameters()) / 1e6:.2f} M weights"
 
-    def parameters(part: nn.Module) -> str:
-        return f"{sum(weights.numel() for weights in part.parameters()) / 1e6:.2f} M parameters"
-
-    where = mask[0].bool()                                  # (N,)
-    masked = cut(patches).masked_fill(where[:, None, None, None], HIDDEN)
-    means = cut(patches).float().mean(dim=(2, 3)).to(torch.uint8)       # (N, 3)
-    unshuffled = torch.where(where[:, None], torch.tensor(SLATE, dtype=torch.uint8), means)
-    errors = heat((error / (error * mask).max())[0, :, None, None])     # (N, 3, 1, 1)
-    errors = errors.masked_fill(~where[:, None, None, None], HIDDEN)
-    whole = batch(decoder.pos_embed.expand(1, -1, -1))      # (B, 1 + N, D')
+    original = cut(patches)                                 # (N, 3, p, p)
+    masked = original.masked_fill(hidden[:, None, None, None], HIDDEN)
+    means = original.float().mean(dim=(2, 3)).to(torch.uint8)           # (N, 3)
+    first = means[noise[0].argsort()[:K]]                   # (K, 3), of the visible patches
+    filled_in = torch.where(hidden[:, None], torch.tensor(SLATE, dtype=torch.uint8), means)
+    colors = heat((errors / errors[hidden].max())[:, None, None])       # (N, 3, 1, 1)
+    colors = colors.masked_fill(~hidden[:, None, None, None], HIDDEN)
+    predicted = mae.denormalize_patches(pred, patches) if model.norm_pix_loss else pred
+    target = "each patch normalised" if model.norm_pix_loss else "every patch"
     stages = [
-        ("images", image.repeat_interleave(STAGE // image.shape[-1], 1).repeat_interleave(
-            STAGE // image.shape[-1], 2), "scaled to -1..1"),
-        ("patches", cells(cut(patches), side), f"{N} of {p} x {p} pixels"),
-        ("mask", cells(masked, side), f"{hidden} of {N} hidden"),
-        ("visible patches", cells(cut(visible), across), f"{K}, in shuffled order"),
-        ("tokens", with_class(means[noise[0].argsort()[:K]], across), "orange: class token"),
-        ("encoder", [blocks(encoder), f"{encoder.dim} wide",
-                     f"{encoder.blocks[0].attn.heads} heads", "LayerNorm"], parameters(encoder)),
-        ("all positions", with_class(unshuffled, side), f"blue: {hidden} mask tokens"),
-        ("decoder", [blocks(decoder), f"{decoder.pos_embed.shape[-1]} wide",
-                     f"{decoder.blocks[0].attn.heads} heads", "linear head"], parameters(decoder)),
-        ("prediction", cells(cut(to_pixels(model, patches, pred)), side),
-         "visible: no loss"),
-        ("original", cells(cut(patches), side),
-         "each patch normalised" if model.norm_pix_loss else "every patch"),
-        ("error per patch", cells(errors, side), "grey: visible, no loss"),
-        ("loss", [f"{float((error * mask).sum() / mask.sum()):.4f}"],
-         f"over {hidden} patches"),
+        ("images", mosaic(image[None], 1, STAGE // image.shape[-1], 0), "scaled to -1..1",
+         batch(images), "cut up"),
+        ("patches", cells(original, side), f"{N} of {p} x {p} pixels",
+         batch(patches), "embed, add positions"),
+        ("tokens", cells(masked, side), f"{N - K} of {N} hidden",
+         batch(tokens), f"shuffle, keep {K}"),
+        ("visible tokens", cells(original[noise[0].argsort()[:K]], across),
+         f"{K}, in shuffled order", batch(visible), "put the class token in front"),
+        ("with class token", with_class(first, across), "orange: class token", batch(latent), ""),
+        ("encoder", *box(encoder, "LayerNorm"), batch(latent), "project, fill, unshuffle"),
+        ("all positions", with_class(filled_in, side), f"blue: {N - K} mask tokens",
+         batch(filled), "add positions"),
+        ("decoder", *box(decoder, "linear head"),
+         batch(pred), "the class token is dropped before the head"),
+        ("prediction", cells(cut(predicted), side), "visible: no loss",
+         batch(pred), "compare with"),
+        ("original", cells(original, side), target, batch(patches), "mean squared error"),
+        ("error per patch", cells(colors, side), "grey: visible, no loss",
+         batch(mask), "mean over masked"),
+        ("loss", [f"{loss:.4f}"], f"over {N - K} patches", "", ""),
     ]
-    arrows = [
-        (batch(images), "cut up"), (batch(patches), "shuffle, mask"),
-        (batch(patches), f"keep the first {K}"),
-        (batch(visible), "embed, add positions, class token in front"), (batch(tokens), ""),
-        (batch(latent), "project, fill, unshuffle"), (whole, "add positions"),
-        (batch(pred), "the class token is dropped before the head"), (batch(pred), "compare with"),
-        (batch(pred), "mean squared error"), (batch(error), "mean over masked"),
-    ]
-    caption += NORMALIZED if model.norm_pix_loss else ""
-    return draw_flow(stages, arrows, "A masked autoencoder, step by step", caption)
+    caption += conditions(model.shuffle.mask_ratio, model.norm_pix_loss)
+    return draw_flow(stages, "A masked autoencoder, step by step", caption)
 
 
-# ------------------------------------------------------------------------------ reading
-
-
-def open_image(path: Path | str) -> Image.Image:
-    """Read an image file of a usual kind. Raises BadInput where it is none, broken or huge."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"))
-            image.load()
-            return image
-    except Exception as error:      # what Pillow raises on damaged files has no common type
-        reason = getattr(error, "strerror", None) or "it is no image, or a damaged or huge one"
-        raise BadInput(f"cannot read the picture {path}: {reason}; give a PNG, JPEG, WebP, GIF, "
-                       "BMP, TIFF or PPM file") from None
+# ------------------------------------------------------------------------------ input
 
 
 def read_image(path: Path | str, size: int) -> Tensor:
     """The middle square of an image file, upright and resized: uint8 (3, size, size).
 
-    16 bits become 8, transparent pixels the sheet's white. Raises BadInput.
+    16 bits become 8; what is transparent becomes white. Raises BadInput if the file cannot be read,
+    or is not a picture of a usual kind, or broken or huge.
     """
-    image = ImageOps.exif_transpose(open_image(path))
-    if image.mode.startswith("I"):                          # 16 bits
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    image = image.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, PAPER), image).convert("RGB")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"))
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):                  # 16 bits
+                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB").convert("RGBA")
+    except Exception as error:      # what Pillow raises on damaged files has no common type
+        reason = getattr(error, "strerror", None) or "it is not an image, or damaged or huge"
+        raise BadInput(f"cannot read the picture {path}: {reason}; give a PNG, JPEG, WebP, GIF, "
+                       "BMP, TIFF or PPM file") from None
     image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    page = Image.new("RGBA", image.size, PAPER)
+    page.alpha_composite(image)
+    return torch.from_numpy(np.array(page.convert("RGB"))).permute(2, 0, 1)
+
+
+def read_epochs(run: Path) -> dict[int, Tensor]:
+    """What `save_epoch` kept in a run's folder: tiles uint8 (B, 3, 3, H, W) by epoch, in order.
+
+    Raises BadInput if there are none, or one is damaged or shows other images; OSError.
+    """
+    folder = run / "reconstructions"
+    files = {int(match[1]): path for path in folder.glob("epoch-*.npy")
+             if (match := re.fullmatch(r"epoch-(\d{1,9})", path.stem))}
+    if not files:
+        raise BadInput(f"{folder} has no epoch-*.npy, which pretrain.py writes beside each picture: "
+                       "give the folder of a run that still has them, or train anew")
+    epochs = {}
+    for epoch, path in sorted(files.items()):
+        content = io.BytesIO(path.read_bytes())
+        try:
+            tiles = torch.from_numpy(np.load(content, allow_pickle=False))
+        except Exception:           # what np.load raises for damaged files has no common type
+            raise BadInput(f"{path} is damaged: delete it") from None
+        shape = next(iter(epochs.values()), tiles).shape
+        if tiles.dtype != torch.uint8 or tiles.dim() != 5 or tiles.shape != shape:
+            raise BadInput(f"{path} does not hold the images of the other epochs: delete it")
+        epochs[epoch] = tiles
+    return epochs
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
     """The rows of a log.csv, or of the one in a run's folder, as numbers; an empty field is NaN.
 
-    Raises BadInput where it is missing, empty, cut off or no log.
+    Raises BadInput if it is empty, cut off or not a log; OSError if it cannot be read.
     """
     path = path / "log.csv" if path.is_dir() else path
+    content = path.read_bytes()
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            text = file.read()
-        header, *lines = list(csv.reader(io.StringIO(text))) or [[]]
-    except OSError as error:
-        raise BadInput(f"cannot read log {path}: {error.strerror}; give a log.csv or the folder of "
-                       "a run") from None
+        text = content.decode("utf-8-sig")                  # spreadsheets write a byte-order mark
+        header, *lines = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
     except (UnicodeDecodeError, csv.Error):
-        raise BadInput(f"{path} is no log.csv: it is not text") from None
+        raise BadInput(f"{path} is not a log.csv: it is not a text in UTF-8") from None
     if not {"epoch", "seconds", "lr"} <= set(header) or not {"loss", "train_loss"} & set(header):
-        raise BadInput(f"{path} is no log.csv of pretrain.py or finetune.py: its first line does "
+        raise BadInput(f"{path} is not a log.csv of pretrain.py or finetune.py: its first line does "
                        "not name their columns")
     if not lines:
         raise BadInput(f"{path} has no epoch yet: wait for the first one, or give another run")
     rows = []
     for number, line in enumerate(lines, start=2):
-        if len(line) != len(header) or number > len(lines) and not text.endswith("\n"):
-            raise BadInput(f"{path}, line {number}: the row is cut off or has other columns than "
-                           "the first line; mend it or delete it")
+        cut_off = number > len(lines) and not text.endswith(("\n", "\r"))
         try:
-            rows.append({name: float(value or "nan") for name, value in zip(header, line)})
+            row = {name: float(value or "nan") for name, value in zip(header, line, strict=True)}
         except ValueError:
-            raise BadInput(f"{path}, line {number}: not a row of numbers; mend it or delete "
-                           "it") from None
-        if not 0 <= rows[-1]["epoch"] < 1e9:
-            raise BadInput(f"{path}, line {number}: no epoch; mend it or delete it")
-    odd = sum(not math.isfinite(value) for row in rows for value in row.values())
+            row = {"epoch": math.nan}
+        if cut_off or not 0 <= row["epoch"] < 1e9:
+            raise BadInput(f"{path}, line {number}: not a whole row of numbers, one per column and "
+                           "first an epoch; mend it or delete it")
+        rows.append(row)
+    odd = sum(not abs(value) < LARGEST for row in rows for value in row.values())
     if odd:
-        print(f"note: {path}: {odd} values are not finite and are drawn as gaps", file=sys.stderr)
+        print(f"note: {path}: {odd} values are not finite, or too large, and are drawn as gaps",
+              file=sys.stderr)
     return rows
 
 
+def read_settings(run: Path) -> dict:
+    """The settings in a run's config.json, or none if it does not hold any."""
+    try:
+        return dict(json.loads((run / "config.json").read_text())["settings"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
 def title_of(dataset: str) -> str:
-    return data.SOURCES[dataset].title if dataset in data.SOURCES else str(dataset)
+    return data.SOURCES[dataset].title if dataset in data.SOURCES else dataset
 
 
-def name_log(path: Path) -> str:
-    """A log's name in a legend: that of its folder and, if config.json tells, the data set."""
-    folder = path.resolve() if path.is_dir() else path.resolve().parent
-    try:
-        settings = json.loads((folder / "config.json").read_text())["settings"]
-        held_out = ", validation" if settings.get("validation") else ""
-        return f"{folder.name} ({title_of(settings['dataset'])}{held_out})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return folder.name
+def name_run(run: Path) -> str:
+    """The name of a run's folder and, if its config.json tells, of the data set."""
+    settings = read_settings(run)
+    if "dataset" not in settings:
+        return run.resolve().name
+    held_out = ", validation" if settings.get("validation") else ""
+    return f"{run.resolve().name} ({title_of(str(settings['dataset']))}{held_out})"
 
 
-def load_model(path: Path | str, kind: str | None = None) -> tuple[nn.Module, dict]:
-    """The model of a checkpoint, in eval mode, and the checkpoint. Raises BadInput."""
-    checkpoint = data.load_checkpoint(path, kind)
-    try:
-        model = mae.build_model(checkpoint["kind"], checkpoint["settings"])
-    except (KeyError, TypeError, ValueError):
-        raise BadInput(f"the settings in {path} describe no model: the file is damaged") from None
-    data.load_weights(model, checkpoint["model"], path)
-    return model.eval(), checkpoint
-
-
-def describe(path: Path | str, checkpoint: dict) -> str:
-    """Whose checkpoint it is, in a caption: name of the run, data set, epoch."""
-    path = Path(path).resolve()
-    run = path.parent.name if path.stem in ("checkpoint", "weights") else path.stem
+def describe(path: Path, checkpoint: dict) -> str:
+    """A checkpoint in a caption: name of the run, data set, epoch."""
+    path = path.resolve()
+    if path.name in ("checkpoint.pt", "weights.pt"):
+        path = path.parent
+    name = path.name if path.is_dir() else path.stem
     task = "pre-trained on" if checkpoint["kind"] == "pretrain" else "classifies"
-    return f"{run}, {task} {title_of(checkpoint['settings']['dataset'])}, epoch " \
-           f"{checkpoint['epoch']}"
+    title = title_of(checkpoint["settings"]["dataset"])
+    return f"{name}, {task} {title}, epoch {checkpoint['epoch']}"
 
 
 HERE = Path(__file__).parent
@@ -840,34 +781,32 @@ HERE = Path(__file__).parent
 def load_images(args: argparse.Namespace, dataset: str, size: int):
     """What to draw: images uint8 (n, 3, size, size), a label for each, where they are from.
 
-    The given files; else images of the data set, which is downloaded only where --dataset asks
-    for it; else, where it is not there, the examples that come with the repository. Raises
-    BadInput.
+    These are the given files, or else images of the data set. It is downloaded only if --dataset
+    asks for it; if it is missing, the examples of this repository take its place. Raises BadInput.
     """
-    name = args.dataset or dataset
-    chosen = args.indices or range(args.count)
-    files = [Path(file) for file in args.images]
+    name, files = args.dataset or dataset, args.images
+    title = data.SOURCES[name].title
     if files and (args.indices or args.dataset):
         raise BadInput("--indices and --dataset are about images of a data set: leave them out, or "
                        "the image files")
-    if not files and not args.dataset and not args.indices and name != "shapes":
-        if not (args.data_dir / data.SOURCES[name].folder).exists():
-            files = sorted((HERE / "assets" / "examples").glob("*.png"))[:args.count]
-            if not files:
-                raise BadInput(f"{title_of(name)} is not in {args.data_dir}: give image "
-                               f"files, --data-dir, or --dataset {name} to download it")
+    there = (args.data_dir / data.SOURCES[name].folder).exists() or name == "shapes"
+    if not files and not there and not args.dataset:
+        files = sorted((HERE / "assets" / "examples").glob("*.png"))[:args.count]
+        if args.indices or not files:
+            raise BadInput(f"{title} is not in {args.data_dir}: give image files, or --data-dir, or "
+                           f"--dataset {name} to download it")
     if files:
         images = torch.stack([read_image(file, size) for file in files])
         return images, [file.stem for file in files], "image files"
     loaded = data.load_dataset(name, args.data_dir)
-    images = getattr(loaded, f"{args.split}_images")
-    labels = getattr(loaded, f"{args.split}_labels")
+    images = loaded.test_images if args.split == "test" else loaded.train_images
+    labels = loaded.test_labels if args.split == "test" else loaded.train_labels
+    chosen = args.indices or list(range(args.count))
     if max(chosen) >= len(images):
-        raise BadInput(f"image {max(chosen)}: the {args.split} images of {loaded.name} are "
-                       f"numbered 0 to {len(images) - 1}; see --indices and --count")
-    chosen = list(chosen)
+        raise BadInput(f"image {max(chosen)}: the {args.split} images of {title} are numbered 0 to "
+                       f"{len(images) - 1}; see --indices and --count")
     names = [f"{i} {loaded.classes[label]}" for i, label in zip(chosen, labels[chosen].tolist())]
-    return images[chosen], names, f"{title_of(loaded.name)} {args.split} images"
+    return images[chosen], names, f"{title} {args.split} images"
 
 
 # ------------------------------------------------------------------------------ the program
@@ -880,26 +819,26 @@ def draw_noise(images: Tensor, model: mae.MAEViT, seed: int) -> Tensor:
 
 def prepare(args: argparse.Namespace, kind: str | None = None):
     """What the pictures of a model and images need: model, checkpoint, images, labels, caption."""
-    model, checkpoint = load_model(args.checkpoint, kind)
+    model, checkpoint = data.load_model(args.checkpoint, kind)
     images, labels, source = load_images(args, checkpoint["settings"]["dataset"],
                                          encoder_of(model).image_size)
-    return model, checkpoint, images, labels, f"{source} · {describe(args.checkpoint, checkpoint)}"
+    caption = f"{source} · {describe(args.checkpoint, checkpoint)}"
+    return model, checkpoint, images, labels, caption
 
 
 def run_reconstruct(args: argparse.Namespace) -> Image.Image:
-    model, checkpoint, images, labels, caption = prepare(args, "pretrain")
+    model, _, images, labels, caption = prepare(args, "pretrain")
     noise = draw_noise(images, model, args.seed)
     try:
-        _, errors = reconstruct(model, images, noise, args.raw, args.mask_ratio)
+        tiles, errors = reconstruct(model, images, noise, args.raw, args.mask_ratio)
     except ValueError as error:
         raise BadInput(f"--mask-ratio: {error}") from None
     for label, error in zip(labels, errors.tolist()):
         print(f"{label}: error {error:.4f}")
     print(f"mean error of the masked patches, pixels scaled to -1..1: {errors.mean():.4f}")
-    if model.norm_pix_loss:
-        print("(the model predicts normalised patches; each got its own mean and deviation back)")
-    return reconstruction_grid(model, images, noise, caption, args.raw, labels,
-                               mask_ratio=args.mask_ratio)
+    caption += " · visible patches not pasted back" if args.raw else ""
+    caption += conditions(args.mask_ratio or model.shuffle.mask_ratio, model.norm_pix_loss)
+    return draw_triples(tiles, "Reconstructions", caption, errors.tolist(), labels)
 
 
 def run_ratios(args: argparse.Namespace) -> Image.Image:
@@ -907,18 +846,21 @@ def run_ratios(args: argparse.Namespace) -> Image.Image:
     try:
         return draw_ratios(model, images, draw_noise(images, model, args.seed), caption)
     except ValueError as error:
-        raise BadInput(f"{args.checkpoint} has too large patches for this: {error}") from None
+        raise BadInput(f"the patches of {args.checkpoint} are too large for this: {error}") from None
 
 
 def run_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
+    settings, caption = read_settings(args.RUN), name_run(args.RUN)
+    if isinstance(settings.get("mask_ratio"), float):
+        caption += conditions(settings["mask_ratio"], settings.get("norm_pix_loss") is True)
     draw = draw_timeline if args.out.suffix == ".png" else draw_frames
-    return draw(read_run_pictures(args.RUN), args.count)
+    return draw(read_epochs(args.RUN), caption, args.count)
 
 
 def run_curves(args: argparse.Namespace) -> Image.Image:
     runs = {}
     for path in args.logs:
-        label = name_log(path)
+        label = name_run(path if path.is_dir() else path.parent)
         runs[label if label not in runs else str(path)] = read_log(path)
     return draw_curves(runs, args.x, args.log, args.metrics)
 
@@ -933,11 +875,11 @@ def run_attention(args: argparse.Namespace) -> Image.Image:
         raise BadInput(f"--patch needs ROW,COLUMN, each from 0 to {side - 1}")
     if args.block and args.block > depth:
         raise BadInput(f"--block {args.block}: the encoder has {depth} blocks")
-    return draw_attention(model, images, caption, labels, args.patch, (args.block or 0) - 1)
+    return draw_attention(model, images, caption, labels, args.patch, (args.block or depth) - 1)
 
 
 def run_embeddings(args: argparse.Namespace) -> Image.Image:
-    model, checkpoint = load_model(args.checkpoint)
+    model, checkpoint = data.load_model(args.checkpoint)
     return draw_embeddings(model, describe(args.checkpoint, checkpoint))
 
 
@@ -961,69 +903,65 @@ def whole_numbers(text: str) -> list[int]:
 
 
 FLAGS = {
-    "images": dict(nargs="*", metavar="IMAGE", help="image files, cut to their middle square and "
-                   "resized (images of the data set)"),
+    "images": dict(nargs="*", metavar="IMAGE", type=Path, help="image files, cut to their middle "
+                   "square and resized (default: images of the data set)"),
     "RUN": dict(metavar="RUN", type=Path, help="folder of a run of pretrain.py"),
     "logs": dict(nargs="+", metavar="RUN_OR_CSV", type=Path, help="folders of runs, or log.csv "
                  "files of runs"),
-    "--checkpoint": dict(metavar="FILE", type=Path, help="checkpoint, or a run's folder "
-                         "(results/laptop-pixels; for the architecture MAEViT with its "
-                         "defaults, untrained)"),
+    "--checkpoint": dict(metavar="FILE", type=Path, help="checkpoint, or a run's folder"),
     "--indices": dict(type=whole_numbers, metavar="I,J,...", help="which images of the data set, "
-                      "counted from 0 (the first ones)"),
-    "--count": dict(type=data.number(int, 1, 60), metavar="N",
-                    help="how many images of the data set or run (%(default)s)"),
-    "--split": dict(choices=["train", "test"], default="test", help="of the data set "
-                    "(%(default)s)"),
-    "--dataset": dict(choices=list(data.SOURCES), help="data set, downloaded if it is missing (the "
-                      "checkpoint's, never downloaded)"),
-    "--data-dir": dict(type=Path, default=Path("data"), metavar="DIR", help="folder of the data "
-                       "sets' folders (%(default)s)"),
-    "--seed": dict(type=data.number(int, 0, 2**32 - 1), default=0, metavar="S", help="of the masks "
-                   "(%(default)s)"),
+                      "counted from 0 (default: the first ones)"),
+    "--count": dict(type=data.number(int, 1, 60), metavar="N", help="how many images of the data "
+                    "set or run"),
+    "--split": dict(choices=["train", "test"], default="test", help="of the data set"),
+    "--dataset": dict(choices=list(data.SOURCES), help="data set, downloaded if it is missing "
+                      "(default: the checkpoint's, never downloaded)"),
+    "--data-dir": dict(type=Path, default=Path("data"), metavar="DIR", help="folder that holds the "
+                       "folders of the data sets"),
+    "--seed": dict(type=data.number(int, 0, 2**32 - 1), default=0, metavar="S", help="of the masks"),
     "--mask-ratio": dict(type=data.number(float, 0, 1, open_ends=True), metavar="R", help="part of "
-                         "the patches that is hidden, between 0 and 1 (the model's)"),
+                         "the patches that is hidden (default: the model's)"),
     "--raw": dict(action="store_true", help="show the bare prediction, without the visible patches "
                   "pasted back"),
     "--x": dict(choices=["epoch", "time"], default="epoch", help="horizontal axis: epochs, or the "
-                "time that they took (%(default)s)"),
-    "--log": dict(action="store_true", help="logarithmic vertical axes, but for accuracy"),
+                "time that they took"),
+    "--log": dict(action="store_true", help="logarithmic vertical axes, except for accuracy"),
     "--metric": dict(action="append", choices=list(METRICS), dest="metrics", help="what to draw; "
-                     f"may be repeated ({', '.join(USUAL)})"),
+                     f"may be repeated (default: {', '.join(USUAL)})"),
     "--patch": dict(type=whole_numbers, metavar="ROW,COLUMN", help="the patch that looks, counted "
-                    "from 0 (the class token looks)"),
+                    "from 0 (default: the class token looks)"),
     "--block": dict(type=data.number(int, 1), metavar="N", help="block of the encoder, counted "
-                    "from 1 (the last)"),
-    "--out": dict(type=Path, metavar="FILE", help="file to write (%(default)s)"),
+                    "from 1 (default: the last)"),
+    "--out": dict(type=Path, metavar="FILE", help="file to write"),
 }
-IMAGES = ("images", "--checkpoint", "--indices", "--split", "--dataset", "--data-dir")
-SHIPPED = HERE / "results" / "laptop-pixels"
+IMAGES = ("images", "--checkpoint", "--indices", "--split", "--dataset", "--data-dir", "--count")
+SHIPPED = HERE / "results" / "weights" / "pretrain-pixels.pt"
 COMMANDS = {    # name: (function, what it draws, flags, their defaults)
     "reconstruct": (run_reconstruct, "masked images, their reconstructions and the originals",
-                    (*IMAGES, "--count", "--seed", "--mask-ratio", "--raw"),
+                    (*IMAGES, "--seed", "--mask-ratio", "--raw"),
                     dict(checkpoint=SHIPPED, count=12, out=Path("reconstruction.png"))),
-    "ratios": (run_ratios, "reconstructions at mask ratios from 0.5 to 0.95",
-               (*IMAGES, "--count", "--seed"), dict(checkpoint=SHIPPED, count=6)),
+    "ratios": (run_ratios, "reconstructions at mask ratios from 0.5 to 0.95", (*IMAGES, "--seed"),
+               dict(checkpoint=SHIPPED, count=6)),
     "timeline": (run_timeline, "the same images and masks over a run; .png is a sheet, .gif and "
                  ".webp are animations", ("RUN", "--count"), dict(count=6)),
     "curves": (run_curves, "losses, accuracies and learning rates of runs",
                ("logs", "--x", "--log", "--metric"), {}),
     "attention": (run_attention, "where the class token or a patch looks, head by head",
-                  (*IMAGES, "--count", "--patch", "--block"), dict(checkpoint=SHIPPED, count=3)),
+                  (*IMAGES, "--patch", "--block"), dict(checkpoint=SHIPPED, count=3)),
     "embeddings": (run_embeddings, "position embeddings compared, filters of the patch embedding",
                    ("--checkpoint",), dict(checkpoint=SHIPPED)),
-    "architecture": (run_architecture, "a batch on its way through the model, with all shapes",
+    "architecture": (run_architecture, "an image on its way through the model, with all shapes; "
+                     "without --checkpoint MAEViT with its defaults, untrained",
                      (*IMAGES, "--seed"), dict(count=1)),
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = data.Parser(description="Draw a picture; without arguments: reconstruct. "
-                         "SUBCOMMAND --help explains the flags.", allow_abbrev=False)
+def make_parser() -> data.Parser:
+    parser = data.Parser(description="Draw a picture; without a subcommand: reconstruct. "
+                         "SUBCOMMAND --help explains its flags.")
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
     for name, (run, text, flags, defaults) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, allow_abbrev=False,
-                                      description=f"Draw {text}. Defaults in parentheses.")
+        command = commands.add_parser(name, help=text, description=f"Draw {text}.")
         for flag in (*flags, "--out"):
             command.add_argument(flag, **FLAGS[flag])
         command.set_defaults(**{"out": Path(f"{name}.png"), "run": run, **defaults})
@@ -1032,10 +970,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    args = make_parser().parse_args(argv or ["reconstruct"])
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        argv = ["reconstruct", *argv]
+    args = make_parser().parse_args(argv)
     kinds = (".png", ".gif", ".webp") if args.run is run_timeline else (".png",)
     if args.out.suffix not in kinds:
         raise BadInput(f"--out {args.out}: its name must end in {' or '.join(kinds)}")
+    if args.out.resolve() in [file.resolve() for file in getattr(args, "images", [])]:
+        raise BadInput(f"--out {args.out} is one of the pictures to read: name another file")
     drawn = args.run(args)
     (save_animation if isinstance(drawn, list) else save_png)(drawn, args.out)
     print(f"wrote {args.out}")
