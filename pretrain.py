@@ -493,7 +493,8 @@ def make_optimizers(model: nn.Module, settings: argparse.Namespace, betas: tuple
     adamw, muon = ([{"params": parameters, "weight_decay": decay, "lr_scale": scale}
                     for (decay, scale), parameters in groups.items()] for groups in (adamw, muon))
     optimizers = [torch.optim.AdamW(adamw, lr=0.0, betas=betas, fused=True)]
-    return optimizers + [Muon(muon)] if muon else optimizers
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    return optimizers + [Muon(muon, dtype)] if muon else optimizers
 
 
 class Muon(torch.optim.Optimizer):
@@ -503,12 +504,15 @@ class Muon(torch.optim.Optimizer):
     For the weight matrices inside a network. An orthogonal (r, c) matrix has entries of about
     1 / sqrt(max(r, c)), so a weight moves by about STEP * lr. Liu et al. 2025 (arXiv 2502.16982,
     section 2.2) found that AdamW moves it by 0.2 to 0.4 times lr. Queries, keys and values share
-    one matrix. torch.optim.Muon computes matrix by matrix and in bfloat16, which most CPUs emulate.
+    one matrix. torch.optim.Muon computes matrix by matrix and in bfloat16, which most CPUs emulate;
+    here `dtype` is that of the products.
     """
     STEP = 0.4
 
-    def __init__(self, groups: list[dict], momentum: float = 0.95) -> None:
+    def __init__(self, groups: list[dict], dtype: torch.dtype = torch.float32,
+                 momentum: float = 0.95) -> None:
         super().__init__(groups, dict(lr=0.0, weight_decay=0.0, momentum=momentum))
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
@@ -517,8 +521,8 @@ class Muon(torch.optim.Optimizer):
             for matrix in group["params"]:
                 by_shape.setdefault(matrix.shape, []).append((matrix, group))
         for shape, members in by_shape.items():
-            directions = orthogonalize(torch.stack(
-                [self.average(matrix, group["momentum"]) for matrix, group in members]))
+            averages = [self.average(matrix, group["momentum"]) for matrix, group in members]
+            directions = orthogonalize(torch.stack(averages), self.dtype).float()
             for (matrix, group), direction in zip(members, directions):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.sub_(direction, alpha=self.STEP * group["lr"] * max(shape) ** 0.5)
@@ -531,19 +535,24 @@ class Muon(torch.optim.Optimizer):
         return matrix.grad.lerp(average, momentum)
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """About U V^T of each matrix U S V^T, by products alone: (n, r, c) -> the same shape.
 
     Each of the five steps (Newton-Schulz; Jordan et al. 2024) takes a singular value s to
     3.4445 s - 4.775 s^3 + 2.0315 s^5, which lifts small ones fast and leaves those near 1 between
     0.68 and 1.15. That is s times a factor of s^2, so all steps can be taken on the small square
-    matrix of the s^2.
+    matrix of the s^2. Not so in bfloat16: the rounding of small s^2 would grow from step to step.
     """
     if matrices.shape[1] > matrices.shape[2]:               # the other square matrix is smaller
-        return orthogonalize(matrices.mT).mT
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)     # no s is above 1
+        return orthogonalize(matrices.mT, dtype).mT
+    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)    # no s above 1
+    if dtype == torch.bfloat16:
+        for _ in range(5):
+            gram = x @ x.mT                                 # (n, r, r)
+            x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+        return x                                            # (n, r, c)
     gram = x @ x.mT                                         # (n, r, r)
-    factors = identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    factors = identity = torch.eye(x.shape[1], dtype=dtype, device=x.device)
     for _ in range(5):
         factor = 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
         factors = factor @ factors
@@ -692,11 +701,14 @@ def write_config(out: Path, kind: str, settings: argparse.Namespace, machine: Ma
     """config.json: everything needed to repeat the run."""
     git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
                          capture_output=True, text=True) if shutil.which("git") else None
+    processor = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
+    if machine.device.type == "cuda":
+        processor = torch.cuda.get_device_name()
     config = {
         "settings": kept(settings, kind),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "machine": {"processor": platform.processor() or platform.machine(),
-                    "cores": os.cpu_count(), "processes": machine.processes},
+        "machine": {"processor": processor, "threads": torch.get_num_threads(),
+                    "processes": machine.processes},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__, "pillow": PIL.__version__},
         "commit": git.stdout.strip() or None if git else None,

@@ -100,7 +100,7 @@ class Sheet:
         """A line through points (x, y), or a dot if there is only one."""
         points = [(SHARP * x, SHARP * y) for x, y in points]
         if len(points) == 1:
-            self.draw.circle(points[0], SHARP * 5, color)
+            self.draw.circle(points[0], SHARP * width * 1.5, color)
         else:
             self.draw.line(points, color, SHARP * width, "curve")
 
@@ -114,10 +114,6 @@ class Sheet:
         self.line([*points[:-1], base])
         self.draw.polygon([(SHARP * x, SHARP * y) for x, y in head], INK)
 
-    def color_bar(self, y: int, text: str) -> None:
-        self.tile(MARGIN, y, heat(torch.linspace(0, 1, 240).expand(20, -1)))
-        self.text(MARGIN + 256, y + 10, text, anchor="lm")
-
 
 HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10),
                  (252, 255, 164)])                          # dark to bright, also in greys
@@ -130,26 +126,29 @@ def heat(values: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(channels, axis=-3).round().astype(np.uint8))
 
 
-def mosaic(pictures: Tensor, columns: int, enlarge: int, gap: int) -> Tensor:
-    """Little pictures in rows, gaps between them: uint8 (M, 3, h, w) -> uint8 (3, H, W)."""
+def mosaic(pictures: Tensor, columns: int, size: int) -> Tensor:
+    """Little square pictures in rows, as large as fits: uint8 (M, 3, h, h) -> (3, size, size)."""
+    M, _, h, _ = pictures.shape
+    rows, gap = math.ceil(M / columns), 2
+    enlarge = max(1, (size // max(rows, columns) - gap) // h)
     pictures = pictures.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    M, _, h, w = pictures.shape
-    rows = math.ceil(M / columns)
-    page = torch.full((3, rows * (h + gap) - gap, columns * (w + gap) - gap), 255,
-                      dtype=torch.uint8)
+    h, step = h * enlarge, h * enlarge + gap
+    top, left = (size - rows * step + gap) // 2, (size - columns * step + gap) // 2
+    page = torch.full((3, size, size), 255, dtype=torch.uint8)
     for i, picture in enumerate(pictures):
-        y, x = i // columns * (h + gap), i % columns * (w + gap)
-        page[:, y:y + h, x:x + w] = picture
+        y, x = top + i // columns * step, left + i % columns * step
+        page[:, y:y + h, x:x + h] = picture
     return page
 
 
 def draw_grid(rows: list[list[tuple[Tensor, str]]], heads: list[list[str]], title: str,
-              caption: str, foot: int = 0, mark: tuple[int, int, int] | None = None) -> Sheet:
+              caption: str, bar: str = "",
+              mark: tuple[int, int, int] | None = None) -> Image.Image:
     """Tiles in rows and columns, as large as the sheet's width allows.
 
     rows: tiles uint8 (3, H, W), all of one size, and the text under each; heads: a text over each
-    column, in groups with wider gaps between them; foot: free pixels at the bottom; mark: y, x and
-    side of a square to outline in every tile.
+    column, in groups with wider gaps between them; bar: what the colours of `heat` mean; mark: y, x
+    and side of a square to outline in every tile.
     """
     H, W = rows[0][0][0].shape[-2:]
     count = sum(map(len, heads))
@@ -161,8 +160,8 @@ def draw_grid(rows: list[list[tuple[Tensor, str]]], heads: list[list[str]], titl
         lefts += [x + i * (width + GAP) for i in range(len(group))]
         x = lefts[-1] + width + 5 * GAP
     pitch = height + (42 if any(note for row in rows for _, note in row) else GAP)
-    sheet = Sheet(max(lefts[-1] + width + MARGIN, 680), 34 + len(rows) * pitch - GAP + foot, title,
-                  caption)
+    sheet = Sheet(max(lefts[-1] + width + MARGIN, 680), 34 + len(rows) * pitch - GAP
+                  + (44 if bar else 0), title, caption)
     for left, head in zip(lefts, sum(heads, [])):
         sheet.text(left + width / 2, sheet.top + 24, head, GREY, "ms", width)
     for r, row in enumerate(rows):
@@ -175,7 +174,10 @@ def draw_grid(rows: list[list[tuple[Tensor, str]]], heads: list[list[str]], titl
                 x0, y0 = left + x0, y + y0
                 sheet.line([(x0, y0), (x0 + side, y0), (x0 + side, y0 + side), (x0, y0 + side),
                             (x0, y0)], PAPER)
-    return sheet
+    if bar:
+        sheet.tile(MARGIN, sheet.bottom - 20, heat(torch.linspace(0, 1, 240).expand(20, -1)))
+        sheet.text(MARGIN + 256, sheet.bottom - 10, bar, anchor="lm")
+    return sheet.picture()
 
 
 def save_png(picture: Image.Image, path: Path | str) -> None:
@@ -198,14 +200,10 @@ def save_animation(frames: list[Image.Image], path: Path) -> None:
 # ------------------------------------------------------------------------------ reconstruct
 
 
-def percent(ratio: float) -> str:
-    return f"{100 * ratio:.3g} %"
-
-
 def conditions(mask_ratio: float, norm_pix_loss: bool) -> str:
-    """The end of a caption."""
+    """What a caption says of a model's task."""
     normalized = " · predicts normalised patches, shown with each patch's own mean and deviation"
-    return f" · mask ratio {percent(mask_ratio)}" + (normalized if norm_pix_loss else "")
+    return f"mask ratio {mask_ratio:g}" + (normalized if norm_pix_loss else "")
 
 
 @torch.no_grad()
@@ -216,12 +214,15 @@ def reconstruct(model: mae.MAEViT, images: Tensor, noise: Tensor, raw: bool = Fa
     images uint8 (B, 3, H, W), noise (B, N) -> tiles uint8 (B, 3, 3, H, W): masked, reconstruction,
     original; error (B,): the mean squared error of the masked patches' pixels, scaled to -1..1.
     Both are on the CPU. The visible patches are pasted back unless `raw`. mask_ratio: another one
-    than the model's own. Raises ValueError if it leaves no patch visible or none masked.
+    than the model's own. Raises BadInput if it leaves no patch visible or none masked.
     """
     device, p = model.encoder.pos_embed.device, model.encoder.patch_size
     images = data.scale(images.to(device))
     patches = model.encoder.patchify(images)                # (B, N, 3*p*p)
-    _, pred, mask = model(images, noise.to(device), mask_ratio)
+    try:
+        _, pred, mask = model(images, noise.to(device), mask_ratio)
+    except ValueError as error:                             # of the mask ratio
+        raise BadInput(f"{error}: choose another ratio, or smaller patches") from None
     pred = pred.float()
     if model.norm_pix_loss:
         pred = mae.denormalize_patches(pred, patches)
@@ -246,7 +247,7 @@ def draw_triples(tiles: Tensor, title: str, caption: str, errors: list[float] | 
                note, label in zip(tiles, notes, labels or [""] * B)]
     rows = [sum(triples[i:i + across], []) for i in range(0, B, across)]
     heads = [["masked", "reconstruction", "original"]] * across
-    return draw_grid(rows, heads, title, caption).picture()
+    return draw_grid(rows, heads, title, caption)
 
 
 def save_epoch(folder: Path, epoch: int, model: mae.MAEViT, images: Tensor, noise: Tensor,
@@ -260,7 +261,7 @@ def save_epoch(folder: Path, epoch: int, model: mae.MAEViT, images: Tensor, nois
     array = io.BytesIO()
     np.save(array, tiles.numpy())
     data.write_file(folder / f"epoch-{epoch:04}.npy", array.getvalue())
-    caption += conditions(model.shuffle.mask_ratio, model.norm_pix_loss)
+    caption += f" · {conditions(model.shuffle.mask_ratio, model.norm_pix_loss)}"
     picture = draw_triples(tiles, f"Reconstructions after epoch {epoch}", caption, errors.tolist())
     save_png(picture, folder / f"epoch-{epoch:04}.png")
 
@@ -273,17 +274,16 @@ def draw_ratios(model: mae.MAEViT, images: Tensor, noise: Tensor, caption: str,
     """One row per image, with more and more of it hidden (MAE, figure 4).
 
     images uint8 (B, 3, H, W), noise (B, N): what is hidden at one ratio is hidden at all higher
-    ones. Raises ValueError if a ratio leaves no patch visible or none masked.
+    ones. Raises BadInput if a ratio leaves no patch visible or none masked.
     """
     rows, heads = [[(image, "")] for image in images], [["original"]]
     for ratio in ratios:
-        heads.append([f"{percent(ratio)} masked", "reconstruction"])
+        heads.append([f"{100 * ratio:g} % masked", "reconstruction"])
         for row, (masked, filled, _), error in zip(
                 rows, *reconstruct(model, images, noise, mask_ratio=ratio)):
             row += [(masked, ""), (filled, f"error {error:.4f}")]
-    caption += conditions(model.shuffle.mask_ratio, model.norm_pix_loss).replace(
-        "mask ratio", "pre-trained with mask ratio")
-    return draw_grid(rows, heads, "How much can be hidden?", caption).picture()
+    caption += f" · pre-trained with {conditions(model.shuffle.mask_ratio, model.norm_pix_loss)}"
+    return draw_grid(rows, heads, "How much can be hidden?", caption)
 
 
 # ------------------------------------------------------------------------------ timeline
@@ -302,19 +302,7 @@ def draw_timeline(epochs: dict[int, Tensor], caption: str, count: int = 6) -> Im
     rows = [[(last[i, 0], ""), *((epochs[epoch][i, 1], "") for epoch in shown), (last[i, 2], "")]
             for i in range(len(last))]
     heads = [["masked"], [f"epoch {epoch}" for epoch in shown], ["original"]]
-    return draw_grid(rows, heads, "Reconstructions as pre-training goes on", caption).picture()
-
-
-def draw_frames(epochs: dict[int, Tensor], caption: str, count: int = 6,
-                most: int = 60) -> list[Image.Image]:
-    """The first `count` images of a run, at most `most` epochs, one frame each, for an animation.
-
-    epochs: as for `draw_timeline`.
-    """
-    numbers = list(epochs)
-    shown = np.linspace(0, len(numbers) - 1, min(most, len(numbers))).round().astype(int)
-    return [draw_triples(epochs[numbers[i]][:count], f"Reconstructions after epoch {numbers[i]}",
-                         caption) for i in shown]
+    return draw_grid(rows, heads, "Reconstructions as pre-training goes on", caption)
 
 
 # ------------------------------------------------------------------------------ curves
@@ -330,7 +318,7 @@ METRICS = {     # name: (axis title, column of the training set or the only one,
 USUAL = ("loss", "cross-entropy", "accuracy", "lr")
 COLORS = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233),
           (230, 159, 0), (0, 0, 0), (150, 150, 150)]    # Okabe and Ito's, safe for the colour-blind
-THICK, THIN = 5, 2              # pixels: lines of the test set and of the training set
+THICK, THIN = 4, 2              # pixels: lines of the test set and of the training set
 LARGEST, SMALLEST = 1e99, 1e-99     # of a number that can be drawn; the second on a log axis
 
 
@@ -422,12 +410,12 @@ def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False
 
     if any(METRICS[name][2] for name in shown):
         caption = f"{caption} · thick: test, thin: train".removeprefix(" · ")
-    room = WIDTH - 2 * MARGIN
+    room, height = WIDTH - 2 * MARGIN, 460                  # height: of a panel
     entry = min(room, int(max(map(text_width, runs))) + 110)     # of the legend
     columns = room // entry
     down = 38 * math.ceil(len(runs) / columns) + 16
     across = 3 if len(shown) == 3 else min(2, len(shown))
-    width, height = room // across, 460
+    width = room // across
     sheet = Sheet(WIDTH, down + height * math.ceil(len(shown) / across), "Training curves", caption)
     for i, (label, color) in enumerate(zip(runs, COLORS)):
         left, y = MARGIN + i % columns * entry, sheet.top + 18 + i // columns * 38
@@ -481,10 +469,9 @@ def draw_attention(model: nn.Module, images: Tensor, caption: str, labels: list[
     heads = [["image"], [f"head {h + 1}" for h in range(maps.shape[1] - 1)], ["mean"]]
     who = "the class token" if patch is None else f"patch {patch[0]},{patch[1]}"
     caption += f" · block {block + 1} of {len(encoder.blocks)} · nothing masked"
-    sheet = draw_grid(rows, heads, f"Where {who} looks", caption, foot=44,
-                      mark=patch and (patch[0] * p, patch[1] * p, p))
-    sheet.color_bar(sheet.bottom - 20, "0 to the largest weight of each map")
-    return sheet.picture()
+    return draw_grid(rows, heads, f"Where {who} looks", caption,
+                     "0 to the largest weight of each map",
+                     patch and (patch[0] * p, patch[1] * p, p))
 
 
 # ------------------------------------------------------------------------------ embeddings
@@ -492,47 +479,35 @@ def draw_attention(model: nn.Module, images: Tensor, caption: str, labels: list[
 
 @torch.no_grad()
 def draw_embeddings(model: nn.Module, caption: str) -> Image.Image:
-    """Each position's embedding compared with all others, and the filters that embed a patch.
+    """Each position's embedding compared with all others (ViT, figure 7), and the patch filters.
 
-    ViT, figure 7: the map at row i, column j shows the cosine similarity of the position
-    embedding of patch (i, j) with those of all patches, after subtracting their mean, which says
-    nothing about position. Of a grid of 32 x 32 patches every second row and column has a map. A
-    filter is the weights of one of the D outputs for the pixels of a patch, grey for zero, scaled
-    by its largest weight. Those with the largest norm are shown.
+    The map at row i, column j shows the cosine similarity of the position embedding of patch (i, j)
+    with those of all patches, after subtracting their mean, which says nothing about position. Of
+    32 x 32 patches every second row and column has a map. A filter is the weights of one of the D
+    outputs for the pixels of a patch, grey for zero, scaled by its largest weight. Those with the
+    largest norm are shown, as many as fill a square.
     """
-    encoder = encoder_of(model)
-    p, side = encoder.patch_size, encoder.image_size // encoder.patch_size
+    encoder, size = encoder_of(model), 544                  # pixels
+    side = encoder.image_size // encoder.patch_size
+    every = math.ceil(side / 16)
     positions = {"encoder": encoder.pos_embed[0]}           # (N, D)
     if isinstance(model, mae.MAEViT):                       # (N, D'), without the class token's
         positions["decoder"] = model.decoder.pos_embed[0, 1:]
-    every = math.ceil(side / 16)
-    across = side // every                                  # maps in a row
-    maps = []
-    for embedding in positions.values():
+    tiles, heads = [], []
+    for name, embedding in positions.items():
         embedding = F.normalize(embedding - embedding.mean(dim=0), dim=1)
         alike = (embedding @ embedding.T).view(side, side, side, side)
         alike = alike[::every, ::every].flatten(0, 1)       # (maps, side, side)
-        maps.append(mosaic(heat((alike + 1) / 2), across, (800 // across - GAP) // side, GAP))
-    size = maps[0].shape[-1]
-    width = len(maps) * (size + MARGIN) - MARGIN
+        tiles.append((mosaic(heat((alike + 1) / 2), side // every, size), ""))
+        heads.append([f"position embeddings of the {name}"])
     filters = encoder.patch_embed.proj.weight               # (D, 3, p, p)
-    filters = filters[filters.flatten(1).norm(dim=1).argsort(descending=True)][:192]
-    peak = filters.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-9)
-    enlarge = max(1, 44 // p)
-    picture = mosaic(data.unscale(filters / peak), (width + GAP) // (p * enlarge + GAP), enlarge, GAP)
-
-    sheet = Sheet(width + 2 * MARGIN, size + picture.shape[1] + 154,
-                  "Position embeddings and patch filters", caption)
-    for i, (name, map_) in enumerate(zip(positions, maps)):
-        x = MARGIN + i * (size + MARGIN)
-        sheet.text(x, sheet.top + 2, f"position embeddings of the {name}")
-        sheet.tile(x, sheet.top + 40, map_)
-    y = sheet.top + 40 + size + 18
-    sheet.color_bar(y, "cosine similarity, -1 to 1")
-    sheet.text(MARGIN, y + 58, f"{len(filters)} of {encoder.dim} filters of the patch embedding, "
-               "largest norm first")
-    sheet.tile(MARGIN, y + 96, picture)
-    return sheet.picture()
+    columns = min(14, math.isqrt(encoder.dim))
+    filters = filters[filters.flatten(1).norm(dim=1).argsort(descending=True)[:columns ** 2]]
+    filters = filters / filters.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-9)
+    tiles.append((mosaic(data.unscale(filters), columns, size), ""))
+    heads.append([f"{columns ** 2} of {encoder.dim} patch filters"])
+    return draw_grid([tiles], heads, "Position embeddings and patch filters", caption,
+                     "cosine similarity with all positions, mean subtracted, -1 to 1")
 
 
 # ------------------------------------------------------------------------------ architecture
@@ -541,17 +516,11 @@ STAGE = 224                     # pixels: the side of a picture in the figure
 ORANGE, SLATE = (230, 120, 0), (150, 172, 205)      # the class token, mask tokens
 
 
-def cells(pictures: Tensor, columns: int) -> Tensor:
-    """Little pictures uint8 (M, 3, h, w) as a mosaic about STAGE pixels wide and high."""
-    most = max(columns, math.ceil(len(pictures) / columns))
-    return mosaic(pictures, columns, max(1, (STAGE // most - 2) // pictures.shape[-1]), 2)
-
-
 def draw_flow(stages: list[tuple], title: str, caption: str) -> Image.Image:
     """Stages, four in a row, with an arrow from each to the next.
 
-    stages: (name, picture uint8 (3, h, w) or the lines in a box, note, text over the arrow, text
-    under it).
+    stages: (name, picture uint8 (3, STAGE, STAGE) or the lines in a box, note, text over the
+    arrow, text under it).
     """
     step, pitch = (WIDTH - 2 * MARGIN - STAGE) // 3, STAGE + 172
     sheet = Sheet(WIDTH, math.ceil(len(stages) / 4) * pitch - 96, title, caption)
@@ -561,8 +530,7 @@ def draw_flow(stages: list[tuple], title: str, caption: str) -> Image.Image:
         sheet.text(middle, y - 12, name, anchor="ms")
         sheet.text(middle, y + STAGE + 30, note, GREY, "ms", fit=STAGE + 60)
         if isinstance(content, Tensor):
-            _, h, w = content.shape
-            sheet.tile(x + (STAGE - w) // 2, y + (STAGE - h) // 2, content)
+            sheet.tile(x, y, content)
         else:
             corner = [SHARP * value for value in (x, y, x + STAGE, y + STAGE)]
             sheet.draw.rounded_rectangle(corner, SHARP * 14, (246, 248, 250), GREY, SHARP * 2)
@@ -614,12 +582,12 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
     def with_class(colors: Tensor, columns: int) -> Tensor:     # the class token on its own row
         first = torch.full((columns, 3), 255, dtype=torch.uint8)
         first[0] = torch.tensor(ORANGE)
-        return cells(torch.cat([first, colors])[:, :, None, None], columns)
+        return mosaic(torch.cat([first, colors])[:, :, None, None], columns, STAGE)
 
     def box(part: nn.Module, last: str) -> tuple[list[str], str]:       # lines, note
-        lines = [f"{len(part.blocks)} blocks", f"{part.pos_embed.shape[-1]} wide",
-                 f"{part.blocks[0].attn.heads} heads", last]
-        return lines, f"{sum(weights.numel() for weights in part.parameters()) / 1e6:.2f} M weights"
+        count = sum(parameter.numel() for parameter in part.parameters())
+        return [f"depth {len(part.blocks)}", f"width {part.pos_embed.shape[-1]}",
+                f"heads {part.blocks[0].attn.heads}", last], f"{count / 1e6:.2f} M parameters"
 
     original = cut(patches)                                 # (N, 3, p, p)
     masked = original.masked_fill(hidden[:, None, None, None], HIDDEN)
@@ -631,13 +599,13 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
     predicted = mae.denormalize_patches(pred, patches) if model.norm_pix_loss else pred
     target = "each patch normalised" if model.norm_pix_loss else "every patch"
     stages = [
-        ("images", mosaic(image[None], 1, STAGE // image.shape[-1], 0), "scaled to -1..1",
+        ("images", mosaic(image[None], 1, STAGE), "scaled to -1..1",
          batch(images), "cut up"),
-        ("patches", cells(original, side), f"{N} of {p} x {p} pixels",
+        ("patches", mosaic(original, side, STAGE), f"{N} of {p} x {p} pixels",
          batch(patches), "embed, add positions"),
-        ("tokens", cells(masked, side), f"{N - K} of {N} hidden",
+        ("tokens", mosaic(masked, side, STAGE), f"{N - K} of {N} hidden",
          batch(tokens), f"shuffle, keep {K}"),
-        ("visible tokens", cells(original[noise[0].argsort()[:K]], across),
+        ("visible tokens", mosaic(original[noise[0].argsort()[:K]], across, STAGE),
          f"{K}, in shuffled order", batch(visible), "put the class token in front"),
         ("with class token", with_class(first, across), "orange: class token", batch(latent), ""),
         ("encoder", *box(encoder, "LayerNorm"), batch(latent), "project, fill, unshuffle"),
@@ -645,14 +613,14 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
          batch(filled), "add positions"),
         ("decoder", *box(decoder, "linear head"),
          batch(pred), "the class token is dropped before the head"),
-        ("prediction", cells(cut(predicted), side), "visible: no loss",
+        ("prediction", mosaic(cut(predicted), side, STAGE), "visible: no loss",
          batch(pred), "compare with"),
-        ("original", cells(original, side), target, batch(patches), "mean squared error"),
-        ("error per patch", cells(colors, side), "grey: visible, no loss",
+        ("original", mosaic(original, side, STAGE), target, batch(patches), "mean squared error"),
+        ("error per patch", mosaic(colors, side, STAGE), "grey: visible, no loss",
          batch(mask), "mean over masked"),
         ("loss", [f"{loss:.4f}"], f"over {N - K} patches", "", ""),
     ]
-    caption += conditions(model.shuffle.mask_ratio, model.norm_pix_loss)
+    caption += f" · {conditions(model.shuffle.mask_ratio, model.norm_pix_loss)}"
     return draw_flow(stages, "A masked autoencoder, step by step", caption)
 
 
@@ -692,18 +660,21 @@ def read_epochs(run: Path) -> dict[int, Tensor]:
     files = {int(match[1]): path for path in folder.glob("epoch-*.npy")
              if (match := re.fullmatch(r"epoch-(\d{1,9})", path.stem))}
     if not files:
-        raise BadInput(f"{folder} has no epoch-*.npy, which pretrain.py writes beside each picture: "
-                       "give the folder of a run that still has them, or train anew")
-    epochs = {}
+        raise BadInput(f"{folder} has no epoch-*.npy, which pretrain.py writes beside its "
+                       "pictures: give the folder of a run that still has them, or train again")
+    epochs, shape = {}, None
     for epoch, path in sorted(files.items()):
         content = io.BytesIO(path.read_bytes())
         try:
             tiles = torch.from_numpy(np.load(content, allow_pickle=False))
+            images, *rest = tiles.shape
+            if tiles.dtype != torch.uint8 or rest != [3, 3, data.SIDE, data.SIDE] or images < 1:
+                raise ValueError("not tiles")
         except Exception:           # what np.load raises for damaged files has no common type
             raise BadInput(f"{path} is damaged: delete it") from None
-        shape = next(iter(epochs.values()), tiles).shape
-        if tiles.dtype != torch.uint8 or tiles.dim() != 5 or tiles.shape != shape:
-            raise BadInput(f"{path} does not hold the images of the other epochs: delete it")
+        shape = shape or tiles.shape
+        if tiles.shape != shape:
+            raise BadInput(f"{path} shows other images than those before it: delete it")
         epochs[epoch] = tiles
     return epochs
 
@@ -721,8 +692,8 @@ def read_log(path: Path) -> list[dict[str, float]]:
     except (UnicodeDecodeError, csv.Error):
         raise BadInput(f"{path} is not a log.csv: it is not a text in UTF-8") from None
     if not {"epoch", "seconds", "lr"} <= set(header) or not {"loss", "train_loss"} & set(header):
-        raise BadInput(f"{path} is not a log.csv of pretrain.py or finetune.py: its first line does "
-                       "not name their columns")
+        raise BadInput(f"{path} is not a log.csv of pretrain.py or finetune.py: its first line "
+                       "does not name their columns")
     if not lines:
         raise BadInput(f"{path} has no epoch yet: wait for the first one, or give another run")
     rows = []
@@ -755,24 +726,28 @@ def title_of(dataset: str) -> str:
     return data.SOURCES[dataset].title if dataset in data.SOURCES else dataset
 
 
-def name_run(run: Path) -> str:
-    """The name of a run's folder and, if its config.json tells, of the data set."""
-    settings = read_settings(run)
+def name_run(path: Path) -> str:
+    """A run is called after its folder, or after a log or checkpoint that was renamed."""
+    path = path.resolve()
+    if path.name in ("checkpoint.pt", "weights.pt", "log.csv"):
+        path = path.parent
+    return path.name if path.is_dir() else path.stem
+
+
+def describe_run(path: Path) -> str:
+    """The name of a run or log and, if the config.json beside it tells, its data set."""
+    settings = read_settings(path if path.is_dir() else path.parent)
     if "dataset" not in settings:
-        return run.resolve().name
+        return name_run(path)
     held_out = ", validation" if settings.get("validation") else ""
-    return f"{run.resolve().name} ({title_of(str(settings['dataset']))}{held_out})"
+    return f"{name_run(path)} ({title_of(str(settings['dataset']))}{held_out})"
 
 
 def describe(path: Path, checkpoint: dict) -> str:
     """A checkpoint in a caption: name of the run, data set, epoch."""
-    path = path.resolve()
-    if path.name in ("checkpoint.pt", "weights.pt"):
-        path = path.parent
-    name = path.name if path.is_dir() else path.stem
     task = "pre-trained on" if checkpoint["kind"] == "pretrain" else "classifies"
     title = title_of(checkpoint["settings"]["dataset"])
-    return f"{name}, {task} {title}, epoch {checkpoint['epoch']}"
+    return f"{name_run(path)}, {task} {title}, epoch {checkpoint['epoch']}"
 
 
 HERE = Path(__file__).parent
@@ -793,14 +768,14 @@ def load_images(args: argparse.Namespace, dataset: str, size: int):
     if not files and not there and not args.dataset:
         files = sorted((HERE / "assets" / "examples").glob("*.png"))[:args.count]
         if args.indices or not files:
-            raise BadInput(f"{title} is not in {args.data_dir}: give image files, or --data-dir, or "
+            raise BadInput(f"{title} is not in {args.data_dir}: give image files, --data-dir, or "
                            f"--dataset {name} to download it")
     if files:
         images = torch.stack([read_image(file, size) for file in files])
         return images, [file.stem for file in files], "image files"
     loaded = data.load_dataset(name, args.data_dir)
-    images = loaded.test_images if args.split == "test" else loaded.train_images
-    labels = loaded.test_labels if args.split == "test" else loaded.train_labels
+    images, labels = ((loaded.test_images, loaded.test_labels) if args.split == "test" else
+                      (loaded.train_images, loaded.train_labels))
     chosen = args.indices or list(range(args.count))
     if max(chosen) >= len(images):
         raise BadInput(f"image {max(chosen)}: the {args.split} images of {title} are numbered 0 to "
@@ -829,38 +804,38 @@ def prepare(args: argparse.Namespace, kind: str | None = None):
 def run_reconstruct(args: argparse.Namespace) -> Image.Image:
     model, _, images, labels, caption = prepare(args, "pretrain")
     noise = draw_noise(images, model, args.seed)
-    try:
-        tiles, errors = reconstruct(model, images, noise, args.raw, args.mask_ratio)
-    except ValueError as error:
-        raise BadInput(f"--mask-ratio: {error}") from None
+    tiles, errors = reconstruct(model, images, noise, args.raw, args.mask_ratio)
     for label, error in zip(labels, errors.tolist()):
         print(f"{label}: error {error:.4f}")
     print(f"mean error of the masked patches, pixels scaled to -1..1: {errors.mean():.4f}")
     caption += " · visible patches not pasted back" if args.raw else ""
-    caption += conditions(args.mask_ratio or model.shuffle.mask_ratio, model.norm_pix_loss)
+    ratio = args.mask_ratio or model.shuffle.mask_ratio
+    caption += f" · {conditions(ratio, model.norm_pix_loss)}"
     return draw_triples(tiles, "Reconstructions", caption, errors.tolist(), labels)
 
 
 def run_ratios(args: argparse.Namespace) -> Image.Image:
     model, _, images, _, caption = prepare(args, "pretrain")
-    try:
-        return draw_ratios(model, images, draw_noise(images, model, args.seed), caption)
-    except ValueError as error:
-        raise BadInput(f"the patches of {args.checkpoint} are too large for this: {error}") from None
+    return draw_ratios(model, images, draw_noise(images, model, args.seed), caption)
 
 
 def run_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
-    settings, caption = read_settings(args.RUN), name_run(args.RUN)
+    epochs, settings = read_epochs(args.RUN), read_settings(args.RUN)
+    caption = describe_run(args.RUN)
     if isinstance(settings.get("mask_ratio"), float):
-        caption += conditions(settings["mask_ratio"], settings.get("norm_pix_loss") is True)
-    draw = draw_timeline if args.out.suffix == ".png" else draw_frames
-    return draw(read_epochs(args.RUN), caption, args.count)
+        norm_pix_loss = settings.get("norm_pix_loss") is True
+        caption += f" · {conditions(settings['mask_ratio'], norm_pix_loss)}"
+    if args.out.suffix == ".png":
+        return draw_timeline(epochs, caption, args.count)
+    shown = sorted(epochs)[::-math.ceil(len(epochs) / 60)][::-1]        # the last is one of them
+    return [draw_triples(epochs[epoch][:args.count], f"Reconstructions after epoch {epoch}",
+                         caption) for epoch in shown]
 
 
 def run_curves(args: argparse.Namespace) -> Image.Image:
     runs = {}
     for path in args.logs:
-        label = name_run(path if path.is_dir() else path.parent)
+        label = describe_run(path)
         runs[label if label not in runs else str(path)] = read_log(path)
     return draw_curves(runs, args.x, args.log, args.metrics)
 
@@ -896,10 +871,7 @@ def run_architecture(args: argparse.Namespace) -> Image.Image:
 
 def whole_numbers(text: str) -> list[int]:
     """"0,3,12" -> [0, 3, 12]; for a flag."""
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 0,3,12")
-    return [int(part) for part in parts]
+    return [data.number(int, 0, 10**6)(part) for part in text.split(",")]
 
 
 FLAGS = {
@@ -918,7 +890,8 @@ FLAGS = {
                       "(default: the checkpoint's, never downloaded)"),
     "--data-dir": dict(type=Path, default=Path("data"), metavar="DIR", help="folder that holds the "
                        "folders of the data sets"),
-    "--seed": dict(type=data.number(int, 0, 2**32 - 1), default=0, metavar="S", help="of the masks"),
+    "--seed": dict(type=data.number(int, 0, 2**32 - 1), default=0, metavar="S",
+                   help="of the masks"),
     "--mask-ratio": dict(type=data.number(float, 0, 1, open_ends=True), metavar="R", help="part of "
                          "the patches that is hidden (default: the model's)"),
     "--raw": dict(action="store_true", help="show the bare prediction, without the visible patches "

@@ -1,0 +1,127 @@
+#!/usr/bin/env bash
+# Make the runs of this folder again, from the root of the repository:
+#
+#     bash results/reproduce.sh laptop     everything in the tables
+#     bash results/reproduce.sh gpu        the recipes `full` and `strong` (EPOCHS=200: sooner)
+#     bash results/reproduce.sh collect    logs/, runs.csv and the table in README.md, from runs/
+#
+# It may be stopped at any time: called again, it skips what is done and resumes what was stopped.
+# To try all of it at a tiny size:
+#
+#     RUNS=/tmp/try LABELS=2 HELD_OUT=8 EPOCHS=1 FLAGS="--limit 64 --epochs 1 --batch-size 32 --dim 48 --depth 1 --heads 3"
+set -euo pipefail
+runs=${RUNS:-runs}
+
+run() {         # run PROGRAM NAME FLAGS...
+    local program=$1 out=$runs/$2
+    shift 2
+    if [ -e "$out/weights.pt" ]; then return; fi
+    if [ -e "$out/config.json" ]; then set -- --resume; else set -- "$@" ${FLAGS:-}; fi
+    python "$program" --out "$out" "$@"
+}
+
+laptop() {
+    local flags="--recipe laptop --dataset cifar10"
+    use() {     # use PRETRAINING NAME FLAGS...
+        local start=$runs/$1 name=$2
+        shift 2
+        run finetune.py "$name" $flags --init "$start" "$@"
+    }
+    run pretrain.py pretrain-pixels $flags
+    run pretrain.py pretrain $flags --norm-pix-loss --epochs 10
+    run pretrain.py pretrain-3 $flags --norm-pix-loss
+    run pretrain.py pretrain-30 $flags --norm-pix-loss --epochs 30
+    run pretrain.py mask-50 $flags --norm-pix-loss --mask-ratio 0.5 --epochs 2
+    run pretrain.py mask-90 $flags --norm-pix-loss --mask-ratio 0.9 --epochs 4
+    for seed in 0 1 2; do
+        local name=$([ $seed = 0 ] || echo "-seed-$seed")
+        run finetune.py scratch$name $flags --seed $seed
+        use pretrain finetune$name --seed $seed
+        use pretrain linear$name --seed $seed --mode linear
+    done
+    for epochs in 2 6; do
+        run finetune.py scratch-$epochs-epochs $flags --epochs $epochs
+        use pretrain finetune-$epochs-epochs --epochs $epochs
+    done
+    run finetune.py scratch-20 $flags --epochs 20
+    use pretrain-30 finetune-30-20 --epochs 20
+    run finetune.py muon $flags --limit 30000 --epochs 1
+    run finetune.py adamw $flags --limit 30000 --epochs 1 --optimizer adamw --base-lr 8e-3 \
+        --layer-decay 0.8
+    for labels in ${LABELS:-10 50 250}; do
+        local few="--labels-per-class $labels --repeat $((1000 / labels)) --epochs 4"
+        run finetune.py scratch-$labels-labels $flags $few
+        use pretrain finetune-$labels-labels $few
+    done
+    for start in pretrain-3 pretrain-30 mask-50 mask-90; do
+        use $start linear-$start --mode linear
+    done
+    use pretrain-pixels linear-pixels --mode linear
+    use pretrain-pixels finetune-pixels
+    use pretrain-3 finetune-pretrain-3
+    use pretrain-30 finetune-pretrain-30
+    few="--labels-per-class ${LABELS:-50} --repeat 20 --epochs 4"
+    try() {     # try NAME FLAGS...: tested on images held out
+        local name=$1
+        shift
+        use pretrain try-$name $few --validation ${HELD_OUT:-5000} "$@"
+    }
+    try laptop
+    try mix --mix
+    try mask-0 --mix --mask-ratio 0
+    try flip --mix --augment flip
+    try none --mix --augment none
+    try layer-decay-1 --mix --layer-decay 1
+    try cls --mix --pool cls
+    use pretrain mix-50-labels $few --mix --mask-ratio 0
+    use pretrain mix --mix
+}
+
+gpu() {
+    local flags="--recipe full --dataset cifar10" epochs=${EPOCHS:-2000}
+    run pretrain.py gpu-pretrain-$epochs $flags --epochs $epochs
+    run finetune.py gpu-finetune-$epochs $flags --init $runs/gpu-pretrain-$epochs
+    run finetune.py gpu-linear-$epochs $flags --init $runs/gpu-pretrain-$epochs --mode linear
+    run finetune.py gpu-scratch $flags
+    run finetune.py gpu-strong-$epochs $flags --recipe strong --init $runs/gpu-pretrain-$epochs
+}
+
+collect() {     # add the finished runs to runs.csv and logs/, and write the table
+    python - "$runs" "${RESULTS:-results}" <<'PYTHON'
+import csv, json, pathlib, re, shutil, sys
+
+runs, results = map(pathlib.Path, sys.argv[1:])
+with open(results / "runs.csv") as file:
+    rows = {row["name"]: row for row in csv.DictReader(file)}
+columns = list(next(iter(rows.values())))
+(results / "logs").mkdir(exist_ok=True)
+for out in sorted(path.parent for path in runs.glob("*/weights.pt")):
+    config = json.loads((out / "config.json").read_text())
+    with open(out / "log.csv") as file:
+        log = list(csv.DictReader(file))
+    minutes = sum(float(row["seconds"]) for row in log) / 60
+    rows[out.name] = dict(zip(columns, (
+        out.name, config["command"], log[-1]["epoch"], log[-1]["test_loss"],
+        log[-1].get("test_accuracy", ""), f"{minutes:.1f}", config["machine"]["processor"],
+        config["machine"]["threads"], config["settings"]["precision"],
+        config["versions"]["torch"].split("+")[0], config["commit"]), strict=True))
+    shutil.copy(out / "log.csv", results / "logs" / f"{out.name}.csv")
+with open(results / "runs.csv", "w", newline="") as file:
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows[name] for name in sorted(rows))
+table = ["| run | epochs | test loss | accuracy | minutes | threads | commit |",
+         "| --- | ---: | ---: | ---: | ---: | ---: | --- |"]
+for name in sorted(rows):
+    row = rows[name]
+    accuracy = f"{float(row['test_accuracy']):.2f} %" if row["test_accuracy"] else ""
+    table.append(f"| `{name}` | {row['epochs']} | {float(row['test_loss']):.4f} | {accuracy} | "
+                 f"{float(row['minutes']):.0f} | {row['threads']} | {row['commit']} |")
+page = results / "README.md"
+text = re.sub(r"(<!-- runs -->\n).*?(<!-- end -->)", lambda match: match[1] + "\n".join(table)
+              + "\n" + match[2], page.read_text(), flags=re.DOTALL)
+page.write_text(text)
+PYTHON
+}
+
+"$1"
