@@ -1,7 +1,7 @@
 """Everything on disk: data sets, and what a run writes and reads.
 
-Input: the name of a data set and a folder. Output: a `Dataset`, all images as one uint8 tensor
-(n, 3, 32, 32) and all labels as one int64 tensor (n,). Batches are indexed from it, flipped, cropped
+Input: the name of a data set and a folder. Output: a `Dataset`, all images as one uint8 tensor (n,
+3, 32, 32) and all labels as one int64 tensor (n,). Batches are indexed from it, flipped, cropped
 and scaled by operations on whole batches, on the device where the tensors are. In this order:
 
     data sets     where they are, how they are read: the binary files, parsed by hand
@@ -137,7 +137,7 @@ NO_CIFAR = """
 {line}
   CIFAR-10 IS NOT HERE AND COULD NOT BE DOWNLOADED: THIS RUN USES THE DRAWN `shapes` INSTEAD.
   {reason}
-  Its numbers say nothing about CIFAR-10. For the real data set see the README, "Data".
+  Its numbers say nothing about CIFAR-10. For the real data set see the questions in the README.
 {line}
 """
 
@@ -162,8 +162,9 @@ def load_dataset(name: str, data_dir: Path | str) -> Dataset:
             raise BadInput(f"--data-dir {data_dir} is the folder of {source.title} itself: name "
                            "the folder in which it lies")
         (make_shapes if name == "shapes" else download)(source, data_dir)
-    train, test = parse_files(folder, source.train, source), parse_files(folder, source.test, source)
-    return Dataset(name, read_class_names(folder, source), *train, *test)
+    return Dataset(name, read_class_names(folder, source),
+                   *parse_files(folder, source.train, source),
+                   *parse_files(folder, source.test, source))
 
 
 def parse_files(folder: Path, names: tuple[str, ...], source: Source) -> tuple[Tensor, Tensor]:
@@ -200,7 +201,8 @@ def read_class_names(folder: Path, source: Source) -> list[str]:
         names = (folder / source.class_names).read_text(errors="replace").split()
     except OSError:
         names = []
-    return names if len(names) == source.num_classes else [str(i) for i in range(source.num_classes)]
+    numbers = [str(label) for label in range(source.num_classes)]
+    return names if len(names) == source.num_classes else numbers
 
 
 # ------------------------------------------------------------------------------ batches
@@ -317,8 +319,8 @@ def fetch(url: str, path: Path, timeout: float = 30) -> None:
 
 @contextlib.contextmanager
 def appearing_whole(folder: Path):
-    """Yield a temporary folder; at the end move its subfolder `folder.name` to `folder`. What a
-    killed program left behind is deleted by the next one."""
+    """Yield a temporary folder; at the end move its subfolder `folder.name` to `folder`. Leftovers
+    of a killed program are deleted first."""
     temporary = folder.with_name(f".incomplete-{folder.name}")
     with locked(folder.parent):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -413,9 +415,9 @@ def write_file(path: Path | str, content: bytes | memoryview) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """Make a folder and keep other programs that lock it out until the end. Yields a function that
-    raises BadInput if the folder was deleted or replaced in the meantime. Raises BadInput if
-    another program has the lock."""
+    """Make a folder and lock it until the end of the `with`, so that no second program writes to
+    it. Yields a function that raises BadInput if the folder was deleted or replaced in the
+    meantime. Raises BadInput if another program has the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield lambda: None
@@ -427,6 +429,8 @@ def locked(folder: Path):
         os.close(handle)
         raise BadInput(f"another program is writing to {folder}: wait for it, or name another "
                        "folder") from None
+    except OSError:             # a file system without locks
+        pass
 
     def check_still_there() -> None:
         if not (folder.exists() and os.path.samestat(folder.stat(), os.fstat(handle))):
@@ -439,12 +443,14 @@ def locked(folder: Path):
 
 
 CHECKPOINT_VERSION = 4
-LOG_COLUMNS = {                 # by kind of run
-    "pretrain": ("epoch", "loss", "test_loss", "lr", "seconds", "images_per_second",
-                 "peak_memory_mb"),
-    "classifier": ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr",
-                   "seconds", "images_per_second", "peak_memory_mb"),
+PROGRAMS = {"pretrain": "pretrain.py", "classifier": "finetune.py"}     # by kind of run
+MEASURED = ("lr", "seconds", "images_per_second", "peak_memory_mb")     # lr at the epoch's end
+LOG_COLUMNS = {
+    "pretrain": ("epoch", "loss", "test_loss", *MEASURED),
+    "classifier": ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
+                   *MEASURED),
 }
+ENCODER_SIZES = ("patch_size", "dim", "depth", "heads")
 
 
 def save_checkpoint(path: Path | str, checkpoint: dict) -> None:
@@ -483,9 +489,8 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
         raise BadInput(f"{path} is damaged: it holds something else than a run's settings, log and "
                        "weights")
     if kind and checkpoint["kind"] != kind:
-        wanted = {"pretrain": "an autoencoder from pretrain.py",
-                  "classifier": "a classifier from finetune.py"}
-        raise BadInput(f"{path} holds {wanted[checkpoint['kind']]}, {wanted[kind]} is needed")
+        raise BadInput(f"{path} is from {PROGRAMS[checkpoint['kind']]}, but one from "
+                       f"{PROGRAMS[kind]} is needed")
     return checkpoint
 
 
@@ -496,7 +501,8 @@ def is_complete(checkpoint: dict) -> bool:
         return False
     rows = all(isinstance(row, dict) and tuple(row) == LOG_COLUMNS[kind]
                and all(type(value) in (int, float) for value in row.values()) for row in log)
-    return (rows and checkpoint.get("epoch") == len(log) and all(map(torch.is_tensor, model.values()))
+    weights = all(map(torch.is_tensor, model.values()))
+    return (rows and weights and checkpoint.get("epoch") == len(log)
             and are_settings(checkpoint.get("settings"), kind))
 
 
@@ -505,7 +511,7 @@ def build_model(kind: str, settings: dict) -> nn.Module:
 
     Raises ValueError if they do not fit together.
     """
-    sizes = {name: settings[name] for name in ("patch_size", "dim", "depth", "heads")}
+    sizes = {name: settings[name] for name in ENCODER_SIZES}
     if kind == "classifier":
         return mae.ViTClassifier(mae.Encoder(**sizes), SOURCES[settings["dataset"]].num_classes,
                                  settings["pool"], settings["mask_ratio"])
@@ -558,15 +564,16 @@ COMMON_FLAGS = {                # of pretrain.py and finetune.py
     "dataset": dict(choices=["auto", *SOURCES], default="auto", help="auto is CIFAR-10 if it is "
                     "there or can be downloaded, or else the drawn shapes"),
     "data_dir": dict(default="data", help="folder that holds the folders of the data sets"),
-    "limit": dict(type=COUNT, help="use only so many training images, the first ones"),
-    "validation": dict(type=number(int, 0, 10**6), default=0, help="test on so many training "
-                       "images, the last ones, and train on the others, to choose settings"),
+    "limit": dict(metavar="N", type=COUNT, help="use only the first N training images"),
+    "validation": dict(metavar="N", type=number(int, 0, 10**6), default=0, help="test on the last "
+                       "N training images and train on the others, to choose settings"),
     "epochs": dict(type=COUNT, help="passes over the training images"),
     "warmup_epochs": dict(type=number(float, 0, 10**6), help="epochs in which the learning rate "
                           "rises from 0 (default: the recipe's share of the epochs)"),
     "batch_size": dict(type=COUNT, help="images per optimizer step, over all processes"),
     "micro_batch_size": dict(type=COUNT, help="images that a process computes at once; their "
-                             "gradients add up to that of the batch (default: 512 on CUDA, else 64)"),
+                             "gradients add up to that of the batch (default: 512 on CUDA, "
+                             "else 64)"),
     "base_lr": dict(type=number(float, 0, 1000, open_ends=True), help="learning rate for a batch "
                     "of 256; the one used is this x batch size / 256"),
     "optimizer": dict(choices=["adamw", "muon"], help="muon: orthogonalised updates for the "
@@ -613,9 +620,10 @@ FLAGS = {                       # the settings of a run, by kind
                            "of training images"),
         "mix": dict(action=SWITCH, help="mixup or CutMix: mix each training image, and its label, "
                     "with another one"),
-        "labels_per_class": dict(type=COUNT, help="train on so many random images of each class"),
-        "repeat": dict(type=number(int, 1, 10**4), default=1, help="how often each training image "
-                       "is shown in an epoch"),
+        "labels_per_class": dict(metavar="N", type=COUNT, help="train on N random images of each "
+                                 "class"),
+        "repeat": dict(metavar="N", type=number(int, 1, 10**4), default=1, help="show each "
+                       "training image N times per epoch"),
     },
 }
 RUN_FLAGS = {                   # of one call of a program, not kept with the run
@@ -624,12 +632,14 @@ RUN_FLAGS = {                   # of one call of a program, not kept with the ru
     "benchmark": dict(action="store_true", help="print the speed of these settings, train nothing"),
 }
 
+OPTIONAL = ("limit", "init", "labels_per_class")        # settings that may be None
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of a flag, if it has one."""
 
     def _get_help_string(self, action):
-        shown = action.default is not None and "(default" not in action.help
+        shown = action.default not in (None, False) and "(default" not in action.help
         return super()._get_help_string(action) if shown else action.help
 
 
@@ -648,7 +658,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def are_settings(settings, kind: str) -> bool:
-    """Whether these are the settings of a run: read as flags, they must give themselves."""
+    """Whether these are the settings of a run: written as flags and parsed again, they must come
+    back unchanged."""
     if not isinstance(settings, dict) or settings.keys() != FLAGS[kind].keys():
         return False
     parser, flags = Parser(add_help=False), []
@@ -659,8 +670,10 @@ def are_settings(settings, kind: str) -> bool:
             flags.append(flag if value else flag.replace("--", "--no-", 1))
         elif value is not None:
             flags.append(f"{flag}={value}")
+        elif name not in OPTIONAL:
+            return False
     try:
-        return vars(parser.parse_args(flags)) == settings
+        return "auto" not in settings.values() and vars(parser.parse_args(flags)) == settings
     except BadInput:
         return False
 
@@ -683,8 +696,8 @@ class DownloadFailed(BadInput):
 
 @contextlib.contextmanager
 def exit_on_bad_input():
-    """Around a program: bad input, a file that the system refuses, and too little memory are one
-    line on standard error and exit status 2. Other errors keep their traceback."""
+    """Around a program: bad input, a file that the system refuses, and too little memory become
+    one line on standard error and exit status 2. Other errors keep their traceback."""
     try:
         yield
     except BadInput as error:
@@ -716,7 +729,7 @@ class Progress:
         self.began = self.shown = time.monotonic()
 
     def advance(self, count: int = 1) -> bool:
-        """Count what is done. Whether it is time to show the line."""
+        """Count what is done. Returns whether it is time to show the line."""
         self.done += count
         return (time.monotonic() - self.shown > (0.5 if sys.stderr.isatty() else 30)
                 and self.done < self.total)

@@ -29,9 +29,9 @@ from torch.nn import functional as F
 import data
 import mae
 from data import BadInput
-from pretrain import (MODELS, Learner, Machine, describe, evaluate, in_batches, load_data,
-                      make_model, make_optimizers, on_machine, open_run, parse_first,
-                      parse_settings, read_settings, run_benchmark, train_epoch)
+from pretrain import (MODELS, Learner, Machine, choose_defaults, describe, evaluate, in_batches,
+                      load_data, make_model, make_optimizers, on_machine, open_run, parse_settings,
+                      run_benchmark, train_epoch)
 
 RECIPES = {                     # warmup: part of the epochs in which the learning rate rises
     "full": dict(
@@ -51,24 +51,24 @@ LINEAR = dict(                  # with --mode linear, over the recipe
     epochs=100, warmup=0.1, batch_size=512, micro_batch_size=512, base_lr=1e-2, optimizer="adamw",
     weight_decay=0.0, layer_decay=1.0, augment="none", mask_ratio=0.0, mix=False,
     checkpoint_every=10)
-HELP = """Fine-tune a pre-trained encoder, probe it, or train from scratch. With --evaluate CHECKPOINT
-instead: print the test accuracy of a saved classifier, in float32 unless --precision says
-otherwise, and train nothing."""
-SIZES = ("patch_size", "dim", "depth", "heads")     # of the encoder
+HELP = """Fine-tune a pre-trained encoder, probe it, or train from scratch. With --evaluate
+CHECKPOINT instead: print the test accuracy of a saved classifier, in float32 unless --precision
+says otherwise, and train nothing."""
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if any(flag.startswith("--evaluate") for flag in argv):
         return evaluate_classifier(argv)
-    first = parse_first(argv, RECIPES)
-    if first.resume:
-        defaults = read_settings(first.out, "classifier")
-    else:
-        defaults = dict(RECIPES[first.recipe], recipe=first.recipe)
-        defaults |= LINEAR if first.mode == "linear" else {}
-        defaults |= encoder_sizes(first.init) if first.init else {}
-    settings = parse_settings("classifier", HELP, defaults, argv)
+    first, defaults = choose_defaults("classifier", RECIPES, argv)
+    sizes = encoder_sizes(first.init) if first.init and not first.resume else {}
+    if first.mode == "linear" and not first.resume:
+        defaults |= LINEAR
+    settings = parse_settings("classifier", HELP, defaults | sizes, argv)
+    for name, size in sizes.items():
+        if getattr(settings, name) != size:
+            raise BadInput(f"--{name.replace('_', '-')}: the encoder of {first.init} has {size}; "
+                           "leave the flag out")
     if settings.mode == "linear":
         check_linear(settings)
     with on_machine(settings) as machine:
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 def finetune(settings: argparse.Namespace, machine: Machine) -> None:
     """Train all weights with labels, from a pre-trained encoder or from scratch (MAE, section 4 and
     appendix A.1)."""
-    dataset = load_labelled_data(settings, machine)
+    dataset = load_data(settings, machine)
     model = make_model("classifier", settings, machine)
     optimizers = make_optimizers(
         model, settings, betas=(0.9, 0.999),
@@ -108,7 +108,7 @@ def finetune(settings: argparse.Namespace, machine: Machine) -> None:
 def probe(settings: argparse.Namespace, machine: Machine) -> None:
     """Train a linear layer on the features of a frozen encoder (MAE, section 4.2 and appendix A.1).
     The features are computed once; the main process does all of it."""
-    dataset = load_labelled_data(settings, machine)
+    dataset = load_data(settings, machine)
     if not machine.main:
         return
     machine = dataclasses.replace(machine, processes=1)
@@ -119,8 +119,8 @@ def probe(settings: argparse.Namespace, machine: Machine) -> None:
             load_encoder(classifier, settings, machine)
         features = compute_features(classifier, dataset.train_images, machine, exact=False)
         tests = compute_features(classifier, dataset.test_images, machine, exact=True)
-        std, mean = torch.std_mean(features, dim=0)         # (D,)
-        std = (std ** 2 + 1e-6).sqrt()
+        var, mean = torch.var_mean(features, dim=0, correction=0)           # (D,)
+        std = (var + 1e-6).sqrt()
         features, tests = (features - mean) / std, (tests - mean) / std
         head = nn.Linear(classifier.dim, len(dataset.classes), device=machine.device)
         nn.init.zeros_(head.weight)
@@ -139,16 +139,6 @@ def probe(settings: argparse.Namespace, machine: Machine) -> None:
 # ------------------------------------------------------------------------------ batches
 
 
-def load_labelled_data(settings: argparse.Namespace, machine: Machine) -> data.Dataset:
-    """The data set on the device, with as many labels as the settings say."""
-    dataset = load_data(settings, machine)
-    if settings.labels_per_class:
-        dataset = dataset.balanced(settings.labels_per_class, settings.seed)
-    shown = len(dataset.train_images) * settings.repeat
-    settings.steps = max(1, shown // settings.batch_size)   # per epoch
-    return dataset
-
-
 def labelled_batches(dataset: data.Dataset, num_patches: int, epoch: int,
                      settings: argparse.Namespace):
     """The batches of an epoch: images (B, 3, H, W) of -1..1; labels (B,) or, if images are mixed,
@@ -161,11 +151,9 @@ def labelled_batches(dataset: data.Dataset, num_patches: int, epoch: int,
         if settings.mix:
             targets = F.one_hot(targets, len(dataset.classes)).float()
             batch, targets = data.mix(batch, targets, generator)
-        if settings.mask_ratio:
-            noise = torch.rand(len(ids), num_patches, generator=generator, device=images.device)
-            yield data.scale(batch), targets, noise
-        else:
-            yield data.scale(batch), targets
+        noise = [torch.rand(len(ids), num_patches, generator=generator, device=images.device)
+                 ] if settings.mask_ratio else []
+        yield data.scale(batch), targets, *noise
 
 
 def classify(model: nn.Module, inputs: Tensor, labels: Tensor,
@@ -188,13 +176,13 @@ def classify(model: nn.Module, inputs: Tensor, labels: Tensor,
 def encoder_sizes(init: str) -> dict:
     """The sizes of the encoder in a checkpoint. Raises BadInput, OSError."""
     settings = data.load_checkpoint(init, "pretrain")["settings"]
-    return {name: settings[name] for name in SIZES}
+    return {name: settings[name] for name in data.ENCODER_SIZES}
 
 
 def load_encoder(classifier: mae.ViTClassifier, settings: argparse.Namespace,
                  machine: Machine) -> None:
-    """Copy the encoder of --init into a classifier. Says so if it is unfinished, of another data set
-    or has seen the validation images. Raises BadInput, OSError."""
+    """Copy the encoder of --init into a classifier. Says so if it is unfinished, of another data
+    set or has seen the validation images. Raises BadInput, OSError."""
     autoencoder, checkpoint = data.load_model(settings.init, "pretrain")
     classifier.load_state_dict(autoencoder.encoder.state_dict(), strict=False)  # all but the head
     learned, notes = checkpoint["settings"], []
@@ -229,8 +217,8 @@ def check_linear(settings: argparse.Namespace) -> None:
                                                   "mask_ratio", "mix")}, repeat=1, benchmark=False)
     for name, value in fixed.items():
         if getattr(settings, name) != value:
-            raise BadInput(f"--{name.replace('_', '-')}: a linear probe trains one layer on features "
-                           "that are computed once; leave the flag out")
+            raise BadInput(f"--{name.replace('_', '-')}: a linear probe trains one layer on "
+                           "features that are computed once; leave the flag out")
 
 
 @torch.no_grad()
@@ -272,12 +260,13 @@ def evaluate_classifier(argv: list[str]) -> None:
     parser.add_argument("--evaluate", metavar="CHECKPOINT", required=True)
     parser.add_flags({name: data.FLAGS["classifier"][name] for name in (
         "dataset", "data_dir", "device", "precision")})
-    parser.set_defaults(dataset=None, precision="fp32")
+    parser.set_defaults(dataset=None, data_dir=None, precision="fp32")
     given = parser.parse_args(argv)
     model, checkpoint = data.load_model(given.evaluate, "classifier")
     learned = checkpoint["settings"]
-    settings = argparse.Namespace(**learned | vars(given) | dict(
-        dataset=given.dataset or learned["dataset"], limit=None, validation=0, compile=False))
+    given_values = {name: value for name, value in vars(given).items() if value is not None}
+    settings = argparse.Namespace(**learned | dict(
+        limit=None, validation=0, labels_per_class=None, compile=False) | given_values)
     with on_machine(settings) as machine:
         dataset = load_data(settings, machine)
         if len(dataset.classes) != model.head.out_features:

@@ -1,8 +1,8 @@
 """A masked autoencoder (MAE) with a Vision Transformer (ViT), from pixels to loss.
 
 Input: images (B, 3, H, W), scaled to -1..1. Output: the mean squared error of the predicted pixels
-over the masked patches. The steps are those of figure 1 in the MAE paper, and this file follows them
-from top to bottom:
+over the masked patches. The steps are those of figure 1 in the MAE paper, and this file follows
+them from top to bottom:
 
     images -> patches -> tokens -> visible tokens -> encoder -> decoder -> pred
               cut up     embed,    hide 75 % of               mask tokens  compared with the
@@ -280,7 +280,7 @@ class Encoder(nn.Module):
         return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Embedded patches (B, K, D) -> codes (B, 1 + K, D), that of the class token first."""
+        """Embedded patches (B, K, D) -> latent (B, 1 + K, D), the class token first."""
         tokens = self.add_class_token(tokens)
         for block in self.blocks:
             tokens = block(tokens)
@@ -300,7 +300,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the codes of the visible patches to all pixels (MAE, section 3, "MAE decoder")."""
+    """From the latent visible patches to all pixels (MAE, section 3, "MAE decoder")."""
 
     def __init__(self, encoder_dim: int, num_patches: int, patch_size: int, dim: int = 192,
                  depth: int = 4, heads: int = 3) -> None:
@@ -362,7 +362,7 @@ class MAEViT(nn.Module):
 
         mask_ratio: another one than the model's own.
         """
-        shuffle = PatchShuffle(mask_ratio) if mask_ratio else self.shuffle
+        shuffle = self.shuffle if mask_ratio is None else PatchShuffle(mask_ratio)
         patches = self.encoder.patchify(images)             # (B, N, 3*p*p)
         tokens = self.encoder.embed(patches)                # (B, N, D)
         visible, restore, mask = shuffle(tokens, noise)     # (B, K, D), (B, N), (B, N)
@@ -384,8 +384,8 @@ class ViTClassifier(Encoder):
     """A copy of an encoder with a linear head, on whole images. The parameters have the names and
     shapes that timm's VisionTransformer gives them.
 
-    pool: the head reads the code of the class token ("cls"), or the mean over the codes of the
-    patches ("mean"; MAE, appendix A.1). mask_ratio: the part of the patches that is left out if
+    pool: the head reads the latent class token ("cls"), or the mean over the latent patches
+    ("mean"; MAE, appendix A.1). mask_ratio: the part of the patches that is left out if
     noise is given, as in training (PatchDropout, Liu et al. 2022, arXiv 2208.07220): this costs
     less and regularises. Raises ValueError for an unknown pool, fewer than one class, or a mask
     ratio that leaves no patch.
@@ -413,8 +413,8 @@ class ViTClassifier(Encoder):
         tokens = self.embed(self.patchify(images))          # (B, N, D)
         if self.shuffle and noise is not None:
             tokens, _, _ = self.shuffle(tokens, noise)      # (B, K, D)
-        codes = super().forward(tokens)                     # (B, 1 + K, D)
-        return codes[:, 0] if self.pool == "cls" else codes[:, 1:].mean(dim=1)
+        latent = super().forward(tokens)                    # (B, 1 + K, D)
+        return latent[:, 0] if self.pool == "cls" else latent[:, 1:].mean(dim=1)
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 3, H, W), noise (B, N) or None -> logits (B, classes)."""

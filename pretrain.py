@@ -1,7 +1,7 @@
 """Pre-train a masked autoencoder: `python pretrain.py`.
 
-Input: images without labels. Output: a run folder with the settings (config.json), one row per epoch
-(log.csv), the state to resume from (checkpoint.pt), the final weights in half precision
+Input: images without labels. Output: a run folder with the settings (config.json), one row per
+epoch (log.csv), the state to resume from (checkpoint.pt), the final weights in half precision
 (weights.pt), reconstructions of the same test images as training goes on, and curves.
 
 Read from top to bottom: recipes, `main`, the story (`pretrain`), and then what the story calls, in
@@ -27,10 +27,8 @@ if __name__ == "__main__":      # Ctrl-C ends the program at once: a run can be 
 
 import argparse
 import contextlib
-import csv
 import ctypes
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -81,11 +79,7 @@ BENCHMARK_SECONDS = 15          # at least
 
 
 def main(argv: list[str] | None = None) -> None:
-    first = parse_first(argv, RECIPES)
-    if first.resume:
-        defaults = read_settings(first.out, "pretrain")
-    else:
-        defaults = dict(RECIPES[first.recipe], recipe=first.recipe)
+    _, defaults = choose_defaults("pretrain", RECIPES, argv)
     settings = parse_settings("pretrain", "Pre-train a masked autoencoder.", defaults, argv)
     with on_machine(settings) as machine:
         pretrain(settings, machine)
@@ -153,8 +147,10 @@ MAY_CHANGE = {"data_dir", "device", "precision", "compile", "micro_batch_size", 
               "picture_every"}  # when a run is resumed: where and how it runs, not what it learns
 
 
-def parse_first(argv: list[str] | None, recipes: dict) -> argparse.Namespace:
-    """The flags that decide the defaults of the others. Raises BadInput."""
+def choose_defaults(kind: str, recipes: dict,
+                    argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
+    """The flags that decide the defaults of the others, and these defaults: the settings of the run
+    that is resumed, or else those of a recipe. Raises BadInput."""
     flags = data.FLAGS["classifier"] | data.RUN_FLAGS
     parser = data.Parser(add_help=False)
     parser.add_flags({name: flags[name] for name in ("init", "mode", "out", "resume")})
@@ -163,7 +159,8 @@ def parse_first(argv: list[str] | None, recipes: dict) -> argparse.Namespace:
     first, _ = parser.parse_known_args(argv)
     if first.resume and not first.out:
         raise BadInput("--resume needs --out RUN, the run to continue")
-    return first
+    return first, (read_settings(first.out, kind) if first.resume else
+                   dict(recipes[first.recipe], recipe=first.recipe))
 
 
 def parse_settings(kind: str, text: str, defaults: dict,
@@ -185,7 +182,9 @@ def parse_settings(kind: str, text: str, defaults: dict,
     if settings.warmup_epochs > settings.epochs:
         raise BadInput(f"--warmup-epochs {settings.warmup_epochs:g} is longer than --epochs "
                        f"{settings.epochs}")
-    settings.data_dir = os.path.abspath(settings.data_dir)  # resuming may start elsewhere
+    for name in ("data_dir", "init"):                       # the run may be resumed elsewhere
+        if vars(settings).get(name):
+            setattr(settings, name, os.path.abspath(getattr(settings, name)))
     return settings
 
 
@@ -195,8 +194,8 @@ def check_same_run(settings: argparse.Namespace, own: dict) -> None:
     for name, value in own.items():
         new = getattr(settings, name)
         if new != value and name not in MAY_CHANGE and not (name == "epochs" and new > value):
-            raise BadInput(f"--{name.replace('_', '-')}: the run in {settings.out} has {value}, not "
-                           f"{new}; leave the flag out, or start another run")
+            raise BadInput(f"--{name.replace('_', '-')}: the run in {settings.out} has {value}, "
+                           f"not {new}; leave the flag out, or start another run")
     if settings.epochs > own["epochs"] and data.is_main_process():
         print(f"schedule: the cosine now ends after epoch {settings.epochs}, not {own['epochs']}, "
               "so the learning rate rises again")
@@ -211,8 +210,8 @@ def read_settings(out: Path, kind: str) -> dict:
     except (ValueError, KeyError, TypeError):
         settings = None
     if not data.are_settings(settings, kind):
-        program = "pretrain.py" if kind == "pretrain" else "finetune.py"
-        raise BadInput(f"{out / 'config.json'} does not hold the settings of a run of {program}")
+        raise BadInput(f"{out / 'config.json'} does not hold the settings of a run of "
+                       f"{data.PROGRAMS[kind]}")
     return settings
 
 
@@ -292,7 +291,7 @@ def on_machine(settings: argparse.Namespace):
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=1),
                                 device_id=device if name == "cuda" else None)
     yield Machine(device, settings.precision, settings.compile, rank, local_rank, processes)
-    if processes > 1:                                       # not after an error: nobody would answer
+    if processes > 1:           # after an error the others would not come, and this is skipped
         dist.barrier()                                      # leave together, or gloo may abort
         dist.destroy_process_group()
 
@@ -319,7 +318,8 @@ def decide_to_compile(wanted: bool | None, device: torch.device) -> bool:
         problem = f"torch.compile does not work here: {' '.join(str(error).split())[:200]}"
         if wanted:
             raise BadInput(f"--compile: {problem}") from None
-        print(f"note: {problem}; training is slower without it", file=sys.stderr)
+        if data.is_main_process():
+            print(f"note: {problem}; training is slower without it", file=sys.stderr)
         return False
 
 
@@ -334,8 +334,9 @@ def keep_freed_memory() -> None:
 
 
 def load_data(settings: argparse.Namespace, machine: Machine) -> data.Dataset:
-    """The data set on the device, without what --validation and --limit leave out. The main process
-    reads (and downloads) it first, then one process of each other machine, then the rest."""
+    """The data set on the device, without the images and labels that the settings leave out. The
+    main process reads (and downloads) it first, then one process of each other machine, then the
+    rest."""
     turn = 0 if machine.main else 1 if machine.local_rank == 0 else 2
     for now in range(3):
         if now == turn:
@@ -351,7 +352,10 @@ def load_data(settings: argparse.Namespace, machine: Machine) -> data.Dataset:
     if settings.limit:
         dataset = dataset.first(settings.limit)
     settings.images = [len(dataset.train_images), len(dataset.test_images)]
-    settings.steps = max(1, settings.images[0] // settings.batch_size)  # per epoch
+    if vars(settings).get("labels_per_class"):
+        dataset = dataset.balanced(settings.labels_per_class, settings.seed)
+    shown = len(dataset.train_images) * vars(settings).get("repeat", 1)
+    settings.steps = max(1, shown // settings.batch_size)   # per epoch
     return dataset.to(machine.device)
 
 
@@ -385,6 +389,10 @@ def describe(kind: str, settings: argparse.Namespace, machine: Machine, model: n
 # ------------------------------------------------------------------------------ training
 
 
+DIVERGED = ("the last checkpoint is kept: lower --base-lr or raise --warmup-epochs in a new "
+            "run")
+
+
 @dataclasses.dataclass
 class Learner:
     """What a training step needs: objective(model, *batch) returns a loss and what to log, (S,)."""
@@ -413,21 +421,20 @@ def train_epoch(learner: Learner, batches: Iterable, epoch: int, progress: data.
             optimizer.zero_grad()
         if machine.main and progress.advance():
             progress.show(f"epoch {epoch}/{settings.epochs}  step {step}/{settings.steps}  "
-                          f"loss {logged[-1][0]:.4f}")
+                          f"loss {logged[-1][0] * machine.processes:.4f}")
     logged = machine.sum(torch.stack(logged))               # (steps, S)
     finite = logged.isfinite().all(dim=1)
     if not finite.all():
         raise BadInput(f"the loss is no longer finite in epoch {epoch}, step "
-                       f"{int(finite.long().argmin()) + 1}; the last checkpoint is kept: lower "
-                       "--base-lr or raise --warmup-epochs in a new run")
+                       f"{int(finite.long().argmin()) + 1}; {DIVERGED}")
     speed = len(logged) * settings.batch_size / (time.monotonic() - began)
     return logged.mean(dim=0).tolist(), speed
 
 
 def compute_gradient(learner: Learner, batch: tuple[Tensor, ...], settings: argparse.Namespace,
                      machine: Machine) -> Tensor:
-    """Add up the gradient of a batch, micro-batch by micro-batch and over all processes. Each counts
-    by its number of images, so the sum does not depend on how the batch is divided.
+    """Add up the gradient of a batch, micro-batch by micro-batch and over all processes. Each
+    counts by its number of images, so the sum does not depend on how the batch is divided.
 
     Returns this process's share of the mean of what the objective logs, (S,).
     """
@@ -446,8 +453,8 @@ def compute_gradient(learner: Learner, batch: tuple[Tensor, ...], settings: argp
 
 
 def learning_rate(settings: argparse.Namespace, epoch: float) -> float:
-    """The learning rate after `epoch` epochs, which may be a fraction: a linear warm-up, then half a
-    cosine to zero (MAE, appendix A.1)."""
+    """The learning rate after `epoch` epochs, which may be a fraction: a linear warm-up, then half
+    a cosine to zero (MAE, appendix A.1)."""
     peak = settings.base_lr * settings.batch_size / 256     # the linear scaling rule (A.1)
     if epoch < settings.warmup_epochs:
         return peak * epoch / settings.warmup_epochs
@@ -480,8 +487,8 @@ def make_optimizers(model: nn.Module, settings: argparse.Namespace, betas: tuple
                     ) -> list[torch.optim.Optimizer]:
     """AdamW and, if the settings say so, Muon for the matrices inside the blocks.
 
-    No weight decay for biases and LayerNorms (1 dimension), tokens and position embeddings (3), only
-    for matrices (2) and the patch embedding (4). lr_scale(name) is the factor of a parameter's
+    No weight decay for biases and LayerNorms (1 dimension), tokens and position embeddings (3),
+    only for matrices (2) and the patch embedding (4). lr_scale(name) is the factor of a parameter's
     learning rate.
     """
     adamw, muon = {}, {}                                    # (decay, scale) -> parameters
@@ -505,7 +512,7 @@ class Muon(torch.optim.Optimizer):
     1 / sqrt(max(r, c)), so a weight moves by about STEP * lr. Liu et al. 2025 (arXiv 2502.16982,
     section 2.2) found that AdamW moves it by 0.2 to 0.4 times lr. Queries, keys and values share
     one matrix. torch.optim.Muon computes matrix by matrix and in bfloat16, which most CPUs emulate;
-    here `dtype` is that of the products.
+    here the products are of `dtype`.
     """
     STEP = 0.4
 
@@ -538,10 +545,11 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """About U V^T of each matrix U S V^T, by products alone: (n, r, c) -> the same shape.
 
-    Each of the five steps (Newton-Schulz; Jordan et al. 2024) takes a singular value s to
-    3.4445 s - 4.775 s^3 + 2.0315 s^5, which lifts small ones fast and leaves those near 1 between
-    0.68 and 1.15. That is s times a factor of s^2, so all steps can be taken on the small square
-    matrix of the s^2. Not so in bfloat16: the rounding of small s^2 would grow from step to step.
+    Each of the five steps (Newton-Schulz; Jordan et al. 2024) takes a singular value s to 3.4445 s
+    - 4.775 s^3 + 2.0315 s^5, which lifts small ones fast and leaves those near 1 between 0.68 and
+    1.15. That is s times a factor of s^2, so all steps can be taken on the small square matrix of
+    the s^2, and their factors multiplied. In bfloat16 they are taken on the matrix itself: the
+    rounding of small s^2 would grow from step to step.
     """
     if matrices.shape[1] > matrices.shape[2]:               # the other square matrix is smaller
         return orthogonalize(matrices.mT, dtype).mT
@@ -594,8 +602,7 @@ def open_run(kind: str, name: str, settings: argparse.Namespace, machine: Machin
     limit = f"-{settings.limit}-images" if settings.limit else ""
     out = settings.out or Path("runs", f"{name}{validation}-{settings.dataset}-{settings.recipe}"
                                        f"{limit}")
-    program = "pretrain.py" if kind == "pretrain" else "finetune.py"
-    resume = f"python {program} --out {shlex.quote(str(out))} --resume"
+    resume = f"python {data.PROGRAMS[kind]} --out {shlex.quote(str(out))} --resume"
     with data.locked(out) if machine.main else contextlib.nullcontext() as check_still_there:
         if machine.main:
             files = [out / file for file in ("log.csv", "checkpoint.pt", "weights.pt")]
@@ -607,7 +614,9 @@ def open_run(kind: str, name: str, settings: argparse.Namespace, machine: Machin
         run = Run(out, kind, settings, machine, check_still_there)
         yield run
         if machine.main:
-            run.draw_curves()
+            title = visualize.title_of(settings.dataset)
+            picture = visualize.draw_curves({out.resolve().name: run.log}, caption=title)
+            visualize.save_png(picture, out / "curves.png")
             print(f"done       {out}", flush=True)
 
 
@@ -633,9 +642,9 @@ class Run:
             return False
         checkpoint = data.load_checkpoint(path, self.kind)
         if checkpoint.get("images") != self.settings.images:
-            raise BadInput(f"{self.out} was trained and tested on {checkpoint.get('images')} images, "
-                           f"{self.settings.data_dir} has {self.settings.images}: name the folder of "
-                           "its data set with --data-dir")
+            raise BadInput(f"{self.out} was trained and tested on {checkpoint.get('images')} "
+                           f"images, {self.settings.data_dir} has {self.settings.images}: name the "
+                           "folder of its data set with --data-dir")
         data.load_weights(model, checkpoint.get(key), path)
         if optimizers:
             load_optimizers(optimizers, checkpoint.get("optimizers"), path)
@@ -650,16 +659,16 @@ class Run:
 
     def end_epoch(self, values: list[float], speed: float, model: nn.Module,
                   optimizers: list[torch.optim.Optimizer], **more) -> None:
-        """Write the row of an epoch to log.csv; a checkpoint if it is due; after the last epoch also
-        the weights alone, in half precision, to keep and share.
+        """Write the row of an epoch to log.csv; a checkpoint if it is due; after the last epoch
+        also the weights alone, in half precision, to keep and share.
 
         values: the losses and accuracies, in the order of LOG_COLUMNS; speed: images per second in
         training alone; more: what else the checkpoint shall hold. Raises BadInput if a value is not
         finite or the folder is gone.
         """
         if not all(map(math.isfinite, values)):
-            raise BadInput(f"the test loss is not finite after epoch {len(self.log) + 1}; the last "
-                           "checkpoint is kept: lower --base-lr or raise --warmup-epochs in a new run")
+            raise BadInput(f"the test loss is not finite after epoch {len(self.log) + 1}; "
+                           f"{DIVERGED}")
         self.check_still_there()
         settings, epoch, now = self.settings, len(self.log) + 1, time.monotonic()
         rounded = [float(f"{value:.7g}") for value in (*values, learning_rate(settings, epoch))]
@@ -668,29 +677,22 @@ class Run:
             peak_memory_mb(self.machine.device)), strict=True))
         self.log.append(row)
         self.row_began = now
+        write_log(self.out, self.log)
         last = epoch == settings.epochs
         checkpoint = dict(kind=self.kind, settings=kept(settings, self.kind), epoch=epoch,
                           log=self.log, images=settings.images, model=model.state_dict())
-        if last or epoch % settings.checkpoint_every == 0:
-            states = [optimizer.state_dict()["state"] for optimizer in optimizers]
-            data.save_checkpoint(self.out / "checkpoint.pt",
-                                 dict(checkpoint, optimizers=states, **more))
-        write_log(self.out, self.log)
         if last:
             half = {name: value.half() for name, value in checkpoint["model"].items()}
             data.save_checkpoint(self.out / "weights.pt", dict(checkpoint, model=half))
+        if last or epoch % settings.checkpoint_every == 0:  # after all else: a killed run repeats
+            states = [optimizer.state_dict()["state"] for optimizer in optimizers]  # the epoch
+            data.save_checkpoint(self.out / "checkpoint.pt",
+                                 dict(checkpoint, optimizers=states, **more))
         shown = "  ".join(f"{name.replace('_', ' ')} {value:.2f} %" if "accuracy" in name
                           else f"{name.replace('_', ' ')} {value:.4f}"
                           for name, value in list(row.items())[1:1 + len(values)])
         print(f"epoch {epoch}/{settings.epochs}  {shown}  {speed:,.0f} images/s  "
               f"{self.progress.time_left()} left", flush=True)
-
-    def draw_curves(self) -> None:
-        name = self.out.resolve().name
-        picture = visualize.draw_curves({name: self.log},
-                                        caption=visualize.title_of(self.settings.dataset))
-        visualize.save_png(picture, self.out / "curves.png")
-
 
 def kept(settings: argparse.Namespace, kind: str) -> dict:
     """The settings that are kept with a run."""
@@ -718,11 +720,9 @@ def write_config(out: Path, kind: str, settings: argparse.Namespace, machine: Ma
 
 def write_log(out: Path, log: list[dict]) -> None:
     """log.csv, whole. A resumed run takes its rows from the checkpoint."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, log[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(log)
-    data.write_file(out / "log.csv", text.getvalue().encode())
+    lines = [log[0].keys(), *(row.values() for row in log)]
+    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    data.write_file(out / "log.csv", text.encode())
 
 
 def peak_memory_mb(device: torch.device) -> int:

@@ -313,7 +313,7 @@ METRICS = {     # name: (axis title, column of the training set or the only one,
     "accuracy": ("accuracy in %", "train_accuracy", "test_accuracy"),
     "lr": ("learning rate", "lr", None),
     "speed": ("training images per second", "images_per_second", None),
-    "memory": ("peak memory in MB", "peak_memory_mb", None),
+    "memory": ("peak memory in MiB", "peak_memory_mb", None),
 }
 USUAL = ("loss", "cross-entropy", "accuracy", "lr")
 COLORS = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233),
