@@ -598,10 +598,10 @@ def open_run(kind: str, name: str, settings: argparse.Namespace, machine: Machin
     """Yield the `Run` in --out, or in runs/ under a name that begins with `name`. No other program
     can write to it until the end. Raises BadInput if another program does, or if the folder holds a
     run that is not to be resumed."""
-    validation = "-validation" if settings.validation else ""
-    limit = f"-{settings.limit}-images" if settings.limit else ""
-    out = settings.out or Path("runs", f"{name}{validation}-{settings.dataset}-{settings.recipe}"
-                                       f"{limit}")
+    labels = vars(settings).get("labels_per_class")
+    parts = [name, settings.validation and "validation", settings.dataset, settings.recipe,
+             settings.limit and f"{settings.limit}-images", labels and f"{labels}-labels"]
+    out = settings.out or Path("runs", "-".join(filter(None, parts)))
     resume = f"python {data.PROGRAMS[kind]} --out {shlex.quote(str(out))} --resume"
     with data.locked(out) if machine.main else contextlib.nullcontext() as check_still_there:
         if machine.main:
