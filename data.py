@@ -501,7 +501,8 @@ def is_complete(checkpoint: dict) -> bool:
         return False
     rows = all(isinstance(row, dict) and tuple(row) == LOG_COLUMNS[kind]
                and all(type(value) in (int, float) for value in row.values()) for row in log)
-    weights = all(map(torch.is_tensor, model.values()))
+    weights = all(isinstance(name, str) and torch.is_tensor(value)
+                  for name, value in model.items())
     return (rows and weights and checkpoint.get("epoch") == len(log)
             and are_settings(checkpoint.get("settings"), kind))
 
@@ -738,7 +739,8 @@ class Progress:
         self.shown = time.monotonic()
         text += f"  {self.time_left()} left"
         if sys.stderr.isatty():                             # \x1b[K erases the rest of the line
-            text = text[:shutil.get_terminal_size().columns - 1] + "\x1b[K\r"
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            text = text[:columns - 1] + "\x1b[K\r"
         print(text, end="" if text.endswith("\r") else "\n", file=sys.stderr, flush=True)
 
     def time_left(self) -> datetime.timedelta:

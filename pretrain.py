@@ -207,7 +207,7 @@ def read_settings(out: Path, kind: str) -> dict:
         settings = json.loads((out / "config.json").read_text())["settings"]
     except FileNotFoundError:
         raise BadInput(f"--resume: {out} does not hold a run") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         settings = None
     if not data.are_settings(settings, kind):
         raise BadInput(f"{out / 'config.json'} does not hold the settings of a run of "
@@ -607,13 +607,13 @@ def open_run(kind: str, name: str, settings: argparse.Namespace, machine: Machin
         if machine.main:
             files = [out / file for file in ("log.csv", "checkpoint.pt", "weights.pt")]
             if not settings.resume and any(file.exists() for file in files):
-                raise BadInput(f"{out} already holds a run. Continue it with `{resume}`; to start "
-                               "another one, delete it or name another folder with --out")
-            write_config(out, kind, settings, machine)
+                raise BadInput(f"{out} already holds a run: continue it with --resume, or to "
+                               "start another one, delete it or name another folder with --out")
             print(f"run        {out}; if it is stopped: {resume}", flush=True)
         run = Run(out, kind, settings, machine, check_still_there)
         yield run
         if machine.main:
+            check_still_there()
             title = visualize.title_of(settings.dataset)
             picture = visualize.draw_curves({out.resolve().name: run.log}, caption=title)
             visualize.save_png(picture, out / "curves.png")
@@ -652,7 +652,9 @@ class Run:
         return True
 
     def epochs_left(self) -> range:
-        """The epochs that are not done, counted from 1."""
+        """The epochs that are not done, counted from 1. Writes config.json before the first."""
+        if self.machine.main:
+            write_config(self.out, self.kind, self.settings, self.machine)
         epochs = range(len(self.log) + 1, self.settings.epochs + 1)
         self.progress = data.Progress(len(epochs) * self.settings.steps)
         return epochs
