@@ -3,7 +3,9 @@
 #
 #     bash results/reproduce.sh laptop     everything in the tables
 #     bash results/reproduce.sh gpu        the recipes `full` and `strong` (EPOCHS=200: sooner)
-#     bash results/reproduce.sh collect    logs/, runs.csv and the table in README.md, from runs/
+#     bash results/reproduce.sh collect [NAME ...]
+#                                          logs/, runs.csv and the table in README.md, from runs/;
+#                                          weights/ of the runs that are named
 #
 # It may be stopped at any time: called again, it skips what is done and resumes what was stopped.
 # To try all of it at a tiny size:
@@ -86,11 +88,18 @@ gpu() {
     run finetune.py gpu-strong-$epochs $flags --recipe strong --init $runs/gpu-pretrain-$epochs
 }
 
-collect() {     # add the finished runs to runs.csv and logs/, and write the table
-    python - "$runs" "${RESULTS:-results}" <<'PYTHON'
-import csv, json, pathlib, re, shutil, sys
+collect() {     # collect [NAME ...]
+    python - "$runs" "${RESULTS:-results}" "$@" <<'PYTHON'
+import csv, json, os, pathlib, re, shutil, sys
+import data
 
-runs, results = map(pathlib.Path, sys.argv[1:])
+runs, results = map(pathlib.Path, sys.argv[1:3])
+for name in sys.argv[3:]:
+    checkpoint = data.load_checkpoint(runs / name / "weights.pt")
+    for folder in ("data_dir", "init"):                 # where they lie here is of no use elsewhere
+        if checkpoint["settings"].get(folder):
+            checkpoint["settings"][folder] = os.path.relpath(checkpoint["settings"][folder])
+    data.save_checkpoint(results / "weights" / f"{name}.pt", checkpoint)
 with open(results / "runs.csv") as file:
     rows = {row["name"]: row for row in csv.DictReader(file)}
 columns = list(next(iter(rows.values())))
@@ -124,4 +133,4 @@ page.write_text(text)
 PYTHON
 }
 
-"$1"
+"$@"
