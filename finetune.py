@@ -49,7 +49,7 @@ RECIPES = {                     # warmup: part of the epochs in which the learni
 }
 LINEAR = dict(                  # with --mode linear, over the recipe
     epochs=100, warmup=0.1, batch_size=512, micro_batch_size=512, base_lr=1e-2, optimizer="adamw",
-    weight_decay=0.0, layer_decay=1.0, augment="none", mask_ratio=0.0, mix=False,
+    weight_decay=0.0, layer_decay=1.0, augment="none", mask_ratio=0.0, mix=False, compile=False,
     checkpoint_every=10)
 HELP = """Fine-tune a pre-trained encoder, probe it, or train from scratch. With --evaluate
 CHECKPOINT instead: print the test accuracy of a saved classifier, in float32 unless --precision
@@ -99,9 +99,8 @@ def finetune(settings: argparse.Namespace, machine: Machine) -> None:
             trained, speed = train_epoch(learner, train_batches(epoch), epoch, run.progress,
                                          settings, machine)
             if machine.main:
-                tested = evaluate(model, classify, in_batches(dataset.test_images,
-                                                              dataset.test_labels),
-                                  machine, exact=epoch == settings.epochs)
+                tests = in_batches(dataset.test_images, dataset.test_labels)
+                tested = evaluate(model, classify, tests, machine, exact=epoch == settings.epochs)
                 run.end_epoch(trained + tested, speed, model, optimizers)
 
 
@@ -213,8 +212,9 @@ def check_linear(settings: argparse.Namespace) -> None:
     """Raises BadInput if a setting means nothing to a linear probe."""
     if not settings.init:
         raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
-    fixed = dict({name: LINEAR[name] for name in ("optimizer", "layer_decay", "augment",
-                                                  "mask_ratio", "mix")}, repeat=1, benchmark=False)
+    fixed = {name: LINEAR[name] for name in ("optimizer", "layer_decay", "augment", "mask_ratio",
+                                             "mix", "compile")}
+    fixed |= dict(repeat=1, benchmark=False)
     for name, value in fixed.items():
         if getattr(settings, name) != value:
             raise BadInput(f"--{name.replace('_', '-')}: a linear probe trains one layer on "

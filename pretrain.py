@@ -113,7 +113,7 @@ def pretrain(settings: argparse.Namespace, machine: "Machine") -> None:
             if machine.main:
                 test_loss = evaluate(model, masked_loss, in_batches(test_images, test_noise),
                                      machine, exact=epoch == settings.epochs)
-                run.check_still_there()
+                run.check_still_there()                     # before its folder gets a picture
                 if epoch % settings.picture_every == 0 or epoch in (1, settings.epochs):
                     visualize.save_epoch(run.out / "reconstructions", epoch, model,
                                          test_images[:PICTURED], test_noise[:PICTURED], caption)
@@ -686,8 +686,9 @@ class Run:
         if last:
             half = {name: value.half() for name, value in checkpoint["model"].items()}
             data.save_checkpoint(self.out / "weights.pt", dict(checkpoint, model=half))
-        if last or epoch % settings.checkpoint_every == 0:  # after all else: a killed run repeats
-            states = [optimizer.state_dict()["state"] for optimizer in optimizers]  # the epoch
+        if last or epoch % settings.checkpoint_every == 0:
+            # The checkpoint is last: a run that is killed before it repeats the epoch.
+            states = [optimizer.state_dict()["state"] for optimizer in optimizers]
             data.save_checkpoint(self.out / "checkpoint.pt",
                                  dict(checkpoint, optimizers=states, **more))
         shown = "  ".join(f"{name.replace('_', ' ')} {value:.2f} %" if "accuracy" in name
@@ -695,6 +696,7 @@ class Run:
                           for name, value in list(row.items())[1:1 + len(values)])
         print(f"epoch {epoch}/{settings.epochs}  {shown}  {speed:,.0f} images/s  "
               f"{self.progress.time_left()} left", flush=True)
+
 
 def kept(settings: argparse.Namespace, kind: str) -> dict:
     """The settings that are kept with a run."""
