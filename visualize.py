@@ -10,9 +10,8 @@ Input: a model and images, or what runs have written. Output: a PIL image; of th
     embeddings    positions compared, patch filters         ViT, figure 7
     architecture  a batch on its way through the model      MAE, figure 1
 
-The library comes first: the sheet that all pictures are drawn on, then each picture's function in
-this order, then what reads the input. The program comes last. Without arguments it draws
-`reconstruct`.
+The library comes first: the sheet that all pictures are drawn on, each picture in this order, what
+reads the input. The program comes last. Without arguments it draws `reconstruct`.
 
 Sources:
     MAE   He et al. 2021, Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377
@@ -24,7 +23,6 @@ import functools
 import io
 import json
 import math
-import re
 import sys
 import textwrap
 import warnings
@@ -48,10 +46,7 @@ INK, GREY, FAINT, PAPER = (31, 35, 40), (95, 103, 112), (222, 226, 231), (255, 2
 HIDDEN = 195                            # the grey level of a masked patch
 SHARP = 3                               # sheets are drawn this many times larger, then reduced
 
-
-@functools.lru_cache
-def font(size: int):
-    return ImageFont.load_default(size)     # the scalable one that Pillow brings along
+font = functools.cache(ImageFont.load_default)          # of a size; it comes with Pillow
 
 
 def text_width(text: str, size: int = 24) -> float:
@@ -104,15 +99,9 @@ class Sheet:
         else:
             self.draw.line(points, color, SHARP * width, "curve")
 
-    def arrow(self, points) -> None:
-        """A line through points (x, y) with a head at its end."""
-        (x0, y0), (x, y) = points[-2:]
-        length = math.hypot(x - x0, y - y0)
-        dx, dy = 14 * (x - x0) / length, 14 * (y - y0) / length
-        base = (x - dx, y - dy)
-        head = [(x, y), (base[0] - dy / 2, base[1] + dx / 2), (base[0] + dy / 2, base[1] - dx / 2)]
-        self.line([*points[:-1], base])
-        self.draw.polygon([(SHARP * x, SHARP * y) for x, y in head], INK)
+    def box(self, x: int, y: int, side: int, color, fill=None, radius: int = 0) -> None:
+        corners = [SHARP * value for value in (x, y, x + side, y + side)]
+        self.draw.rounded_rectangle(corners, SHARP * radius, fill, color, SHARP * 2)
 
 
 HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10),
@@ -126,11 +115,12 @@ def heat(values: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(channels, axis=-3).round().astype(np.uint8))
 
 
-def mosaic(pictures: Tensor, columns: int, size: int) -> Tensor:
+def mosaic(pictures: Tensor, size: int) -> Tensor:
     """Little square pictures in rows, as large as fits: uint8 (M, 3, h, h) -> (3, size, size)."""
     M, _, h, _ = pictures.shape
-    rows, gap = math.ceil(M / columns), 2
-    enlarge = max(1, (size // max(rows, columns) - gap) // h)
+    columns, gap = math.isqrt(M), 2
+    rows = math.ceil(M / columns)
+    enlarge = max(1, (size // rows - gap) // h)
     pictures = pictures.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
     h, step = h * enlarge, h * enlarge + gap
     top, left = (size - rows * step + gap) // 2, (size - columns * step + gap) // 2
@@ -141,42 +131,40 @@ def mosaic(pictures: Tensor, columns: int, size: int) -> Tensor:
     return page
 
 
-def draw_grid(rows: list[list[tuple[Tensor, str]]], heads: list[list[str]], title: str,
-              caption: str, bar: str = "",
-              mark: tuple[int, int, int] | None = None) -> Image.Image:
+def draw_grid(rows: list[list[tuple[Tensor, str]]], column_titles: list[list[str]], title: str,
+              caption: str, color_label: str = "",
+              outline: tuple[int, int, int] | None = None) -> Image.Image:
     """Tiles in rows and columns, as large as the sheet's width allows.
 
-    rows: tiles uint8 (3, H, W), all of one size, and the text under each; heads: a text over each
-    column, in groups with wider gaps between them; bar: what the colours of `heat` mean; mark: y, x
-    and side of a square to outline in every tile.
+    rows: tiles uint8 (3, H, W), all of one size, and the text under each; column_titles: in groups
+    with wider gaps between them; color_label: what the colours of `heat` mean; outline: y, x and
+    side of a square to outline in every tile.
     """
     H, W = rows[0][0][0].shape[-2:]
-    count = sum(map(len, heads))
-    room = WIDTH - 2 * MARGIN - GAP * (count - len(heads)) - 5 * GAP * (len(heads) - 1)
+    count, group_gap = sum(map(len, column_titles)), 5 * GAP
+    room = WIDTH - 2 * MARGIN - GAP * count - group_gap * (len(column_titles) - 1)
     enlarge = max(1, min(320, room // count) // max(H, W))
     width, height = W * enlarge, H * enlarge                # of a tile
     lefts, x = [], MARGIN
-    for group in heads:
+    for group in column_titles:
         lefts += [x + i * (width + GAP) for i in range(len(group))]
-        x = lefts[-1] + width + 5 * GAP
+        x = lefts[-1] + width + group_gap
     pitch = height + (42 if any(note for row in rows for _, note in row) else GAP)
-    sheet = Sheet(max(lefts[-1] + width + MARGIN, 680), 34 + len(rows) * pitch - GAP
-                  + (44 if bar else 0), title, caption)
-    for left, head in zip(lefts, sum(heads, [])):
-        sheet.text(left + width / 2, sheet.top + 24, head, GREY, "ms", width)
+    sheet = Sheet(max(lefts[-1] + width + MARGIN, 680),
+                  34 + len(rows) * pitch + (38 if color_label else -GAP), title, caption)
+    for left, column_title in zip(lefts, sum(column_titles, [])):
+        sheet.text(left + width / 2, sheet.top + 24, column_title, GREY, "ms", width)
     for r, row in enumerate(rows):
         y = sheet.top + 34 + r * pitch
         for left, (tile, note) in zip(lefts, row):
             sheet.tile(left, y, tile, enlarge)
             sheet.text(left + width / 2, y + height + 24, note, GREY, "ms", width)
-            if mark:
-                y0, x0, side = (value * enlarge for value in mark)
-                x0, y0 = left + x0, y + y0
-                sheet.line([(x0, y0), (x0 + side, y0), (x0 + side, y0 + side), (x0, y0 + side),
-                            (x0, y0)], PAPER)
-    if bar:
+            if outline:
+                top, start, side = (value * enlarge for value in outline)
+                sheet.box(left + start, y + top, side, PAPER)
+    if color_label:
         sheet.tile(MARGIN, sheet.bottom - 20, heat(torch.linspace(0, 1, 240).expand(20, -1)))
-        sheet.text(MARGIN + 256, sheet.bottom - 10, bar, anchor="lm")
+        sheet.text(MARGIN + 256, sheet.bottom - 10, color_label, anchor="lm")
     return sheet.picture()
 
 
@@ -190,14 +178,12 @@ def save_png(picture: Image.Image, path: Path | str) -> None:
 def save_animation(frames: list[Image.Image], path: Path) -> None:
     """Write a GIF or WebP that dwells on its last frame. Raises OSError."""
     content, kind = io.BytesIO(), path.suffix[1:].upper()
-    if kind == "GIF":                                       # 256 colours, chosen for each frame
-        frames = [frame.quantize(256, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(content, kind, save_all=True, append_images=frames[1:], loop=0, lossless=True,
                    duration=[400] * (len(frames) - 1) + [3000])    # milliseconds
     data.write_file(path, content.getvalue())
 
 
-# ------------------------------------------------------------------------------ reconstruct
+# ------------------------------------------------------------------------------ reconstructions
 
 
 def conditions(mask_ratio: float, norm_pix_loss: bool) -> str:
@@ -243,11 +229,11 @@ def draw_triples(tiles: Tensor, title: str, caption: str, errors: list[float] | 
     B = len(tiles)
     across = 1 if B == 1 else 2 if B <= 4 else 3
     notes = [f"error {error:.4f}" for error in errors] if errors else [""] * B
-    triples = [[(masked, ""), (filled, note), (original, label)] for (masked, filled, original),
-               note, label in zip(tiles, notes, labels or [""] * B)]
-    rows = [sum(triples[i:i + across], []) for i in range(0, B, across)]
-    heads = [["masked", "reconstruction", "original"]] * across
-    return draw_grid(rows, heads, title, caption)
+    cells = []
+    for (masked, filled, original), note, label in zip(tiles, notes, labels or [""] * B):
+        cells += [(masked, ""), (filled, note), (original, label)]
+    rows = [cells[i:i + 3 * across] for i in range(0, len(cells), 3 * across)]
+    return draw_grid(rows, [["masked", "reconstruction", "original"]] * across, title, caption)
 
 
 def save_epoch(folder: Path, epoch: int, model: mae.MAEViT, images: Tensor, noise: Tensor,
@@ -266,9 +252,6 @@ def save_epoch(folder: Path, epoch: int, model: mae.MAEViT, images: Tensor, nois
     save_png(picture, folder / f"epoch-{epoch:04}.png")
 
 
-# ------------------------------------------------------------------------------ ratios
-
-
 def draw_ratios(model: mae.MAEViT, images: Tensor, noise: Tensor, caption: str,
                 ratios=(0.5, 0.75, 0.85, 0.95)) -> Image.Image:
     """One row per image, with more and more of it hidden (MAE, figure 4).
@@ -276,17 +259,14 @@ def draw_ratios(model: mae.MAEViT, images: Tensor, noise: Tensor, caption: str,
     images uint8 (B, 3, H, W), noise (B, N): what is hidden at one ratio is hidden at all higher
     ones. Raises BadInput if a ratio leaves no patch visible or none masked.
     """
-    rows, heads = [[(image, "")] for image in images], [["original"]]
+    rows, column_titles = [[(image, "")] for image in images], [["original"]]
     for ratio in ratios:
-        heads.append([f"{100 * ratio:g} % masked", "reconstruction"])
-        for row, (masked, filled, _), error in zip(
-                rows, *reconstruct(model, images, noise, mask_ratio=ratio)):
+        column_titles.append([f"{100 * ratio:g} % masked", "reconstruction"])
+        tiles, errors = reconstruct(model, images, noise, mask_ratio=ratio)
+        for row, (masked, filled, _), error in zip(rows, tiles, errors):
             row += [(masked, ""), (filled, f"error {error:.4f}")]
     caption += f" · pre-trained with {conditions(model.shuffle.mask_ratio, model.norm_pix_loss)}"
-    return draw_grid(rows, heads, "How much can be hidden?", caption)
-
-
-# ------------------------------------------------------------------------------ timeline
+    return draw_grid(rows, column_titles, "How much can be hidden?", caption)
 
 
 def draw_timeline(epochs: dict[int, Tensor], caption: str, count: int = 6) -> Image.Image:
@@ -301,8 +281,8 @@ def draw_timeline(epochs: dict[int, Tensor], caption: str, count: int = 6) -> Im
     last = epochs[shown[-1]][:count]
     rows = [[(last[i, 0], ""), *((epochs[epoch][i, 1], "") for epoch in shown), (last[i, 2], "")]
             for i in range(len(last))]
-    heads = [["masked"], [f"epoch {epoch}" for epoch in shown], ["original"]]
-    return draw_grid(rows, heads, "Reconstructions as pre-training goes on", caption)
+    column_titles = [["masked"], [f"epoch {epoch}" for epoch in shown], ["original"]]
+    return draw_grid(rows, column_titles, "Reconstructions as pre-training goes on", caption)
 
 
 # ------------------------------------------------------------------------------ curves
@@ -327,14 +307,13 @@ def ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
 
     On a logarithmic axis places are exponents of ten, and so are low and high.
     """
-    if log and high - low > 1:                              # 1, 2, 5, 10, 20, 50, 100, ...
-        values = [m * 10.0 ** power for power in range(math.floor(low), math.ceil(high) + 1)
-                  for m in (1, 2, 5)]
-        if high - low > 3:                                  # 1, 10, 100, ... or fewer
-            values = values[::3 * math.ceil((high - low) / 8)]
-        values = [value for value in values if low <= math.log10(value) <= high]
+    first, last = (10 ** low, 10 ** high) if log else (low, high)
+    if log and high - low > 1:
+        every = math.ceil((high - low) / 8)                 # 1, 10, 100, ... or fewer
+        values = [m * 10.0 ** power for power in range(math.floor(low), math.ceil(high) + 1, every)
+                  for m in ((1,) if high - low > 3 else (1, 2, 5))]
+        values = [value for value in values if first <= value <= last]
     else:
-        first, last = (10 ** low, 10 ** high) if log else (low, high)
         step = 10.0 ** math.floor(math.log10((last - first) / 6))
         step *= next(m for m in (1, 2, 5, 10) if (last - first) / (m * step) <= 6)
         values = [i * step for i in range(math.ceil(first / step - 1e-9),
@@ -353,36 +332,33 @@ def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title
     lines: (xs (n,), ys (n,), color, width), ys NaN for a gap, and log10 of the values if `log`.
     """
     left, top, right, bottom = box[0] + 96, box[1] + 44, box[2] - 16, box[3] - 80
-    every_x = np.concatenate([xs for xs, _, _, _ in lines])
-    every_y = np.concatenate([ys[np.isfinite(ys)] for _, ys, _, _ in lines])
     sheet.text(left, box[1] + 32, title, anchor="ls", fit=right - left)
     sheet.text((left + right) / 2, bottom + 46, x_title, GREY, "ma")
+    every_y = np.concatenate([ys[np.isfinite(ys)] for _, ys, _, _ in lines])
     if not len(every_y):
         sheet.text((left + right) / 2, (top + bottom) / 2, "no value to draw", GREY, "mm")
         every_y = np.zeros(1)
-    x1 = max(every_x.max(), 1e-9)
-    x0 = min(every_x.min(), x1 - 1) if x_title == "epoch" else 0    # a lone epoch stands at the end
+    x1 = max(1e-9, *(xs.max() for xs, _, _, _ in lines))    # from 0
     y0, y1 = every_y.min(), every_y.max()
     pad = max(0.05 * (y1 - y0), 0.01 * max(abs(y0), abs(y1))) or 0.05
     y0, y1 = y0 - pad if log or y0 < 0 else max(y0 - pad, 0), y1 + pad
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return (left + (x - x0) / (x1 - x0) * (right - left),
-                bottom - (y - y0) / (y1 - y0) * (bottom - top))
+        return left + x / x1 * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
 
     for tick, label in ticks(y0, y1, log):
-        y = round(place(x0, tick)[1])
+        y = round(place(0, tick)[1])
         sheet.line([(left, y), (right, y)], FAINT)
         sheet.text(left - 10, y, label, GREY, "rm")
-    for tick, _ in ticks(x0, x1, log=False):
-        if x_title != "epoch" or tick == round(tick):
+    for tick, _ in ticks(0, x1, log=False):
+        if x1 < 1 or tick == round(tick):                   # there is no half of an epoch
             x = round(place(tick, y0)[0])
             sheet.line([(x, bottom), (x, bottom + 8)], GREY)
             sheet.text(x, bottom + 12, f"{tick:g}", GREY, "ma")
     sheet.line([(left, top), (left, bottom), (right, bottom)], GREY)
     for xs, ys, color, width in lines:
-        there = np.flatnonzero(np.isfinite(ys))
-        for part in np.split(there, np.flatnonzero(np.diff(there) > 1) + 1):
+        finite = np.flatnonzero(np.isfinite(ys))
+        for part in np.split(finite, np.flatnonzero(np.diff(finite) > 1) + 1):
             if len(part):
                 sheet.line([place(xs[i], ys[i]) for i in part], color, width)
 
@@ -404,37 +380,40 @@ def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False
     if not shown:
         raise BadInput(f"no log has what --metric {' --metric '.join(metrics or USUAL)} needs: "
                        f"choose from {', '.join(possible)}")
-    times = [np.nan_to_num([row["seconds"] for row in rows], posinf=0).clip(0, 1e9).cumsum()
-             for rows in runs.values()]
-    unit, seconds = ("hours", 3600) if max(time[-1] for time in times) > 7200 else ("minutes", 60)
-
+    x_title = "epoch"
+    every_x = [np.array([row["epoch"] for row in rows], float) for rows in runs.values()]
+    if x == "time":
+        every_x = [np.nan_to_num([row["seconds"] for row in rows], posinf=0).clip(0, 1e9).cumsum()
+                   for rows in runs.values()]
+        unit, seconds = ("hours", 3600) if np.concatenate(every_x).max() > 7200 else ("minutes", 60)
+        x_title, every_x = f"time in {unit}", [xs / seconds for xs in every_x]
     if any(METRICS[name][2] for name in shown):
         caption = f"{caption} · thick: test, thin: train".removeprefix(" · ")
     room, height = WIDTH - 2 * MARGIN, 460                  # height: of a panel
-    entry = min(room, int(max(map(text_width, runs))) + 110)     # of the legend
-    columns = room // entry
-    down = 38 * math.ceil(len(runs) / columns) + 16
+    entry_width = min(room, int(max(map(text_width, runs))) + 110)
+    columns = room // entry_width                           # of the legend
+    legend_height = 38 * math.ceil(len(runs) / columns) + 16
     across = 3 if len(shown) == 3 else min(2, len(shown))
     width = room // across
-    sheet = Sheet(WIDTH, down + height * math.ceil(len(shown) / across), "Training curves", caption)
+    sheet = Sheet(WIDTH, legend_height + height * math.ceil(len(shown) / across), "Training curves",
+                  caption)
     for i, (label, color) in enumerate(zip(runs, COLORS)):
-        left, y = MARGIN + i % columns * entry, sheet.top + 18 + i // columns * 38
+        left, y = MARGIN + i % columns * entry_width, sheet.top + 18 + i // columns * 38
         sheet.line([(left, y), (left + 52, y)], color, THICK)
-        sheet.text(left + 64, y, label, anchor="lm", fit=entry - 64)
+        sheet.text(left + 64, y, label, anchor="lm", fit=entry_width - 64)
     for i, name in enumerate(shown):
         title, train, test = METRICS[name]
-        bent, lines = log and name != "accuracy", []
-        for rows, time, color in zip(runs.values(), times, COLORS):
-            xs = time / seconds if x == "time" else np.array([row["epoch"] for row in rows], float)
+        logarithmic, lines = log and name != "accuracy", []
+        for rows, xs, color in zip(runs.values(), every_x, COLORS):
             for column in (train, test) if train in rows[0] else ():
                 if column in rows[0]:
                     ys = np.array([row[column] for row in rows], dtype=float)
-                    ys[~(abs(ys) < LARGEST) | (bent & ~(ys > SMALLEST))] = math.nan
+                    ys[~(abs(ys) < LARGEST) | (logarithmic & ~(ys > SMALLEST))] = math.nan
                     thick = THIN if test and column == train else THICK
-                    lines.append((xs, np.log10(ys) if bent else ys, color, thick))
-        left, top = MARGIN + i % across * width, sheet.top + down + i // across * height
-        draw_panel(sheet, (left, top, left + width, top + height), title,
-                   "epoch" if x == "epoch" else f"time in {unit}", lines, bent)
+                    lines.append((xs, np.log10(ys) if logarithmic else ys, color, thick))
+        left, top = MARGIN + i % across * width, sheet.top + legend_height + i // across * height
+        draw_panel(sheet, (left, top, left + width, top + height), title, x_title, lines,
+                   logarithmic)
     return sheet.picture()
 
 
@@ -450,26 +429,25 @@ def draw_attention(model: nn.Module, images: Tensor, caption: str, labels: list[
                    patch: tuple[int, int] | None, block: int) -> Image.Image:
     """Where a token looks in whole images, head by head (ViT, section 4.5).
 
-    images uint8 (B, 3, H, W); patch: (row, column) of the one that looks, or None for the class
-    token; block: its index. Each map is scaled by its own largest weight; the weight on the class
-    token is left out.
+    images uint8 (B, 3, H, W); patch: (row, column) of the query, or None for the class token;
+    block: its index. Each map is scaled by its own largest weight; the weight on the class token
+    is left out.
     """
     encoder = encoder_of(model)
     p, side = encoder.patch_size, encoder.image_size // encoder.patch_size
-    looking = 0 if patch is None else 1 + patch[0] * side + patch[1]
-    maps = encoder.attention_maps(data.scale(images))[block][:, :, looking, 1:]     # (B, h, N)
+    query = 0 if patch is None else 1 + patch[0] * side + patch[1]
+    maps = encoder.attention_maps(data.scale(images))[block][:, :, query, 1:]       # (B, h, N)
     maps = torch.cat([maps, maps.mean(dim=1, keepdim=True)], dim=1)                 # (B, h+1, N)
     maps = (maps / maps.amax(dim=-1, keepdim=True)).unflatten(-1, (side, side))
     colors = heat(maps.repeat_interleave(p, -2).repeat_interleave(p, -1))   # (B, h+1, 3, H, W)
     grey = images.float().mean(dim=1)[:, None, None]                        # (B, 1, 1, H, W)
     overlaid = (0.35 * grey + 0.65 * colors).round().to(torch.uint8)
-    tiles = torch.cat([images[:, None], overlaid], dim=1)                   # (B, h+2, 3, H, W)
-    rows = [[(tile, "" if c else label) for c, tile in enumerate(row)]
-            for row, label in zip(tiles, labels)]
-    heads = [["image"], [f"head {h + 1}" for h in range(maps.shape[1] - 1)], ["mean"]]
-    who = "the class token" if patch is None else f"patch {patch[0]},{patch[1]}"
-    caption += f" · block {block + 1} of {len(encoder.blocks)} · nothing masked"
-    return draw_grid(rows, heads, f"Where {who} looks", caption,
+    rows = [[(image, label), *((tile, "") for tile in tiles)]
+            for image, label, tiles in zip(images, labels, overlaid)]
+    column_titles = [["image"], [f"head {h + 1}" for h in range(encoder.heads)], ["mean"]]
+    name = "the class token" if patch is None else f"patch {patch[0]},{patch[1]}"
+    caption += f" · block {block + 1} of {encoder.depth} · nothing masked"
+    return draw_grid(rows, column_titles, f"Where {name} looks", caption,
                      "0 to the largest weight of each map",
                      patch and (patch[0] * p, patch[1] * p, p))
 
@@ -483,9 +461,8 @@ def draw_embeddings(model: nn.Module, caption: str) -> Image.Image:
 
     The map at row i, column j shows the cosine similarity of the position embedding of patch (i, j)
     with those of all patches, after subtracting their mean, which says nothing about position. Of
-    32 x 32 patches every second row and column has a map. A filter is the weights of one of the D
-    outputs for the pixels of a patch, grey for zero, scaled by its largest weight. Those with the
-    largest norm are shown, as many as fill a square.
+    32 x 32 patches every second row and column has a map. A filter is the weights of one output for
+    the pixels of a patch, scaled by its largest weight. Those with the largest norm are shown.
     """
     encoder, size = encoder_of(model), 544                  # pixels
     side = encoder.image_size // encoder.patch_size
@@ -493,33 +470,34 @@ def draw_embeddings(model: nn.Module, caption: str) -> Image.Image:
     positions = {"encoder": encoder.pos_embed[0]}           # (N, D)
     if isinstance(model, mae.MAEViT):                       # (N, D'), without the class token's
         positions["decoder"] = model.decoder.pos_embed[0, 1:]
-    tiles, heads = [], []
-    for name, embedding in positions.items():
+    tiles = []
+    for embedding in positions.values():
         embedding = F.normalize(embedding - embedding.mean(dim=0), dim=1)
-        alike = (embedding @ embedding.T).view(side, side, side, side)
-        alike = alike[::every, ::every].flatten(0, 1)       # (maps, side, side)
-        tiles.append((mosaic(heat((alike + 1) / 2), side // every, size), ""))
-        heads.append([f"position embeddings of the {name}"])
+        similarity = (embedding @ embedding.T).view(side, side, side, side)
+        similarity = similarity[::every, ::every].flatten(0, 1)         # (maps, side, side)
+        tiles.append((mosaic(heat((similarity + 1) / 2), size), ""))
     filters = encoder.patch_embed.proj.weight               # (D, 3, p, p)
-    columns = min(14, math.isqrt(encoder.dim))
-    filters = filters[filters.flatten(1).norm(dim=1).argsort(descending=True)[:columns ** 2]]
+    count = min(14, math.isqrt(encoder.dim)) ** 2           # as many as fill a square
+    filters = filters[filters.flatten(1).norm(dim=1).argsort(descending=True)[:count]]
     filters = filters / filters.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-9)
-    tiles.append((mosaic(data.unscale(filters), columns, size), ""))
-    heads.append([f"{columns ** 2} of {encoder.dim} patch filters"])
-    return draw_grid([tiles], heads, "Position embeddings and patch filters", caption,
+    tiles.append((mosaic(data.unscale(filters), size), ""))
+    column_titles = [*([f"position embeddings of the {name}"] for name in positions),
+                     [f"{count} of {encoder.dim} patch filters"]]
+    return draw_grid([tiles], column_titles, "Position embeddings and patch filters", caption,
                      "cosine similarity with all positions, mean subtracted, -1 to 1")
 
 
 # ------------------------------------------------------------------------------ architecture
 
 STAGE = 224                     # pixels: the side of a picture in the figure
-ORANGE, SLATE = (230, 120, 0), (150, 172, 205)      # the class token, mask tokens
+ORANGE = torch.tensor([230, 120, 0], dtype=torch.uint8)[:, None, None]          # class token
+SLATE = torch.tensor([150, 172, 205], dtype=torch.uint8)[:, None, None]         # mask tokens
 
 
 def draw_flow(stages: list[tuple], title: str, caption: str) -> Image.Image:
     """Stages, four in a row, with an arrow from each to the next.
 
-    stages: (name, picture uint8 (3, STAGE, STAGE) or the lines in a box, note, text over the
+    stages: (name, little pictures uint8 (M, 3, h, h) or the lines in a box, note, text over the
     arrow, text under it).
     """
     step, pitch = (WIDTH - 2 * MARGIN - STAGE) // 3, STAGE + 172
@@ -528,25 +506,24 @@ def draw_flow(stages: list[tuple], title: str, caption: str) -> Image.Image:
     for (name, content, note, *_), (x, y) in zip(stages, corners):
         middle = x + STAGE / 2
         sheet.text(middle, y - 12, name, anchor="ms")
-        sheet.text(middle, y + STAGE + 30, note, GREY, "ms", fit=STAGE + 60)
+        sheet.text(middle, y + STAGE + 30, note, GREY, "ms")
         if isinstance(content, Tensor):
-            sheet.tile(x, y, content)
+            sheet.tile(x, y, mosaic(content, STAGE))
         else:
-            corner = [SHARP * value for value in (x, y, x + STAGE, y + STAGE)]
-            sheet.draw.rounded_rectangle(corner, SHARP * 14, (246, 248, 250), GREY, SHARP * 2)
+            sheet.box(x, y, STAGE, GREY, fill=(246, 248, 250), radius=14)
             for i, line in enumerate(content):
                 sheet.text(middle, y + STAGE / 2 + 40 * (i - (len(content) - 1) / 2), line,
                            anchor="mm")
-    for i, ((x, y), (x1, y1), (*_, over, under)) in enumerate(zip(corners, corners[1:], stages)):
-        if i % 4 < 3:                                       # to the right
+    for (x, y), (x1, y1), (*_, over, under) in zip(corners, corners[1:], stages):
+        if y == y1:                                         # to the right
             y += STAGE // 2
-            points = [(x + STAGE + 12, y), (x1 - 12, y)]
-            fit = step - STAGE - 24
+            points, turn, fit = [(x + STAGE + 12, y), (x1 - 16, y)], 270, step - STAGE - 24
         else:                                               # around, to the next row
             x, x1, y = x + STAGE // 2, x1 + STAGE // 2, y1 - 84
-            points = [(x, y - 12), (x, y), (x1, y), (x1, y1 - 40)]
-            fit = WIDTH
-        sheet.arrow(points)
+            points, turn, fit = [(x, y - 12), (x, y), (x1, y), (x1, y1 - 44)], 180, WIDTH
+        sheet.line(points)
+        end = [SHARP * value for value in (*points[-1], 9)]     # x, y, radius of the arrow's head
+        sheet.draw.regular_polygon(end, 3, turn, INK)
         middle = (points[0][0] + points[-1][0]) / 2
         sheet.text(middle, y - 14, over, anchor="ms", fit=fit)
         sheet.text(middle, y + 34, under, GREY, "ms", fit=fit)
@@ -562,16 +539,13 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
     """
     encoder, decoder, p = model.encoder, model.decoder, model.encoder.patch_size
     images = data.scale(image[None])                        # (1, 3, H, W)
-    loss, pred, mask = model(images, noise)                 # (), (1, N, 3*p*p), (1, N)
     patches = encoder.patchify(images)                      # (1, N, 3*p*p)
     tokens = encoder.embed(patches)                         # (1, N, D)
-    visible, restore, _ = model.shuffle(tokens, noise)      # (1, K, D), (1, N)
+    visible, restore, mask = model.shuffle(tokens, noise)   # (1, K, D), (1, N), (1, N)
     latent = encoder(visible)                               # (1, 1 + K, D)
     filled = decoder.fill_gaps(latent, restore)             # (1, 1 + N, D')
+    pred = decoder(latent, restore)                         # (1, N, 3*p*p)
     N, K = patches.shape[1], visible.shape[1]
-    errors = torch.stack([model.loss(patches, pred, one) for one in torch.eye(N)[:, None]])  # (N,)
-    side, across = math.isqrt(N), math.isqrt(K)             # columns in the pictures
-    hidden = mask[0].bool()                                 # (N,)
 
     def batch(tensor: Tensor) -> str:
         return f"({', '.join(map(str, ['B', *tensor.shape[1:]]))})"
@@ -579,46 +553,37 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
     def cut(patches: Tensor) -> Tensor:                     # (1, N, 3*p*p) -> uint8 (N, 3, p, p)
         return data.unscale(patches[0]).unflatten(1, (3, p, p))
 
-    def with_class(colors: Tensor, columns: int) -> Tensor:     # the class token on its own row
-        first = torch.full((columns, 3), 255, dtype=torch.uint8)
-        first[0] = torch.tensor(ORANGE)
-        return mosaic(torch.cat([first, colors])[:, :, None, None], columns, STAGE)
-
     def box(part: nn.Module, last: str) -> tuple[list[str], str]:       # lines, note
         count = sum(parameter.numel() for parameter in part.parameters())
         return [f"depth {len(part.blocks)}", f"width {part.pos_embed.shape[-1]}",
                 f"heads {part.blocks[0].attn.heads}", last], f"{count / 1e6:.2f} M parameters"
 
+    hidden = mask[0].bool()[:, None, None, None]            # (N, 1, 1, 1)
     original = cut(patches)                                 # (N, 3, p, p)
-    masked = original.masked_fill(hidden[:, None, None, None], HIDDEN)
-    means = original.float().mean(dim=(2, 3)).to(torch.uint8)           # (N, 3)
-    first = means[noise[0].argsort()[:K]]                   # (K, 3), of the visible patches
-    filled_in = torch.where(hidden[:, None], torch.tensor(SLATE, dtype=torch.uint8), means)
-    colors = heat((errors / errors[hidden].max())[:, None, None])       # (N, 3, 1, 1)
-    colors = colors.masked_fill(~hidden[:, None, None, None], HIDDEN)
+    kept = original[noise[0].argsort()[:K]]                 # (K, 3, p, p)
+    class_row = torch.full((math.isqrt(N), 3, p, p), 255, dtype=torch.uint8)
+    class_row[0] = ORANGE                                   # the class token on a row of its own
+    all_tokens = torch.cat([class_row, torch.where(hidden, SLATE, original)])
+    errors = torch.stack([model.loss(patches, pred, one) for one in torch.eye(N)[:, None]])  # (N,)
+    colors = heat((errors / errors[mask[0].bool()].max())[:, None, None])   # (N, 3, 1, 1)
     predicted = mae.denormalize_patches(pred, patches) if model.norm_pix_loss else pred
-    target = "each patch normalised" if model.norm_pix_loss else "every patch"
     stages = [
-        ("images", mosaic(image[None], 1, STAGE), "scaled to -1..1",
-         batch(images), "cut up"),
-        ("patches", mosaic(original, side, STAGE), f"{N} of {p} x {p} pixels",
-         batch(patches), "embed, add positions"),
-        ("tokens", mosaic(masked, side, STAGE), f"{N - K} of {N} hidden",
-         batch(tokens), f"shuffle, keep {K}"),
-        ("visible tokens", mosaic(original[noise[0].argsort()[:K]], across, STAGE),
-         f"{K}, in shuffled order", batch(visible), "put the class token in front"),
-        ("with class token", with_class(first, across), "orange: class token", batch(latent), ""),
+        ("images", image[None], "scaled to -1..1", batch(images), "cut up"),
+        ("patches", original, f"{N} of {p} x {p} pixels", batch(patches), "embed, add positions"),
+        ("tokens", original.masked_fill(hidden, HIDDEN), f"{N - K} of {N} hidden", batch(tokens),
+         f"shuffle, keep {K}"),
+        ("visible tokens", kept, f"{K}, in shuffled order", batch(visible),
+         f"put the class token in front: {batch(latent)}"),
         ("encoder", *box(encoder, "LayerNorm"), batch(latent), "project, fill, unshuffle"),
-        ("all positions", with_class(filled_in, side), f"blue: {N - K} mask tokens",
-         batch(filled), "add positions"),
-        ("decoder", *box(decoder, "linear head"),
-         batch(pred), "the class token is dropped before the head"),
-        ("prediction", mosaic(cut(predicted), side, STAGE), "visible: no loss",
-         batch(pred), "compare with"),
-        ("original", mosaic(original, side, STAGE), target, batch(patches), "mean squared error"),
-        ("error per patch", mosaic(colors, side, STAGE), "grey: visible, no loss",
+        ("all positions", all_tokens, "orange: class token, blue: masked", batch(filled),
+         "add positions"),
+        ("decoder", *box(decoder, "linear head"), batch(pred), "without class token"),
+        ("prediction", cut(predicted), "visible: no loss", batch(pred), "compare with"),
+        ("original", original, "each patch normalised" if model.norm_pix_loss else "every patch",
+         batch(patches), "mean squared error"),
+        ("error per patch", colors.masked_fill(~hidden, HIDDEN), "grey: visible, no loss",
          batch(mask), "mean over masked"),
-        ("loss", [f"{loss:.4f}"], f"over {N - K} patches", "", ""),
+        ("loss", [f"{model.loss(patches, pred, mask):.4f}"], f"over {N - K} patches", "", ""),
     ]
     caption += f" · {conditions(model.shuffle.mask_ratio, model.norm_pix_loss)}"
     return draw_flow(stages, "A masked autoencoder, step by step", caption)
@@ -626,25 +591,27 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
 
 # ------------------------------------------------------------------------------ input
 
+HERE = Path(__file__).parent
+
 
 def read_image(path: Path | str, size: int) -> Tensor:
     """The middle square of an image file, upright and resized: uint8 (3, size, size).
 
-    16 bits become 8; what is transparent becomes white. Raises BadInput if the file cannot be read,
-    or is not a picture of a usual kind, or broken or huge.
+    16 bits become 8; what is transparent becomes white. Raises BadInput if the file is not a
+    picture of a usual kind, or broken or huge; OSError if it cannot be read.
     """
+    file = io.BytesIO(Path(path).read_bytes())
     try:
         with warnings.catch_warnings(action="ignore"):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"))
+            image = Image.open(file, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"))
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                  # 16 bits
                 image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            image = image.convert("RGBA" if image.has_transparency_data else "RGB").convert("RGBA")
-    except Exception as error:      # what Pillow raises on damaged files has no common type
-        reason = getattr(error, "strerror", None) or "it is not an image, or damaged or huge"
-        raise BadInput(f"cannot read the picture {path}: {reason}; give a PNG, JPEG, WebP, GIF, "
-                       "BMP, TIFF or PPM file") from None
+            image = image.convert("RGBA")
+    except Exception:           # what Pillow raises on damaged files has no common type
+        raise BadInput(f"cannot read the picture {path}, it is damaged, huge or of another kind: "
+                       "give a PNG, JPEG, WebP, GIF, BMP, TIFF or PPM file") from None
     image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     page = Image.new("RGBA", image.size, PAPER)
     page.alpha_composite(image)
@@ -656,68 +623,59 @@ def read_epochs(run: Path) -> dict[int, Tensor]:
 
     Raises BadInput if there are none, or one is damaged or shows other images; OSError.
     """
-    folder = run / "reconstructions"
-    files = {int(match[1]): path for path in folder.glob("epoch-*.npy")
-             if (match := re.fullmatch(r"epoch-(\d{1,9})", path.stem))}
-    if not files:
-        raise BadInput(f"{folder} has no epoch-*.npy, which pretrain.py writes beside its "
-                       "pictures: give the folder of a run that still has them, or train again")
-    epochs, shape = {}, None
-    for epoch, path in sorted(files.items()):
+    folder, epochs = run / "reconstructions", {}
+    for path in sorted(folder.glob("epoch-*.npy")):
         content = io.BytesIO(path.read_bytes())
         try:
             tiles = torch.from_numpy(np.load(content, allow_pickle=False))
-            images, *rest = tiles.shape
-            if tiles.dtype != torch.uint8 or rest != [3, 3, data.SIDE, data.SIDE] or images < 1:
+            shape = next(iter(epochs.values()), tiles).shape
+            if (tiles.dtype != torch.uint8 or tiles.shape != shape or len(tiles) == 0
+                    or shape[1:] != (3, 3, data.SIDE, data.SIDE)):
                 raise ValueError("not tiles")
-        except Exception:           # what np.load raises for damaged files has no common type
-            raise BadInput(f"{path} is damaged: delete it") from None
-        shape = shape or tiles.shape
-        if tiles.shape != shape:
-            raise BadInput(f"{path} shows other images than those before it: delete it")
-        epochs[epoch] = tiles
-    return epochs
+            epochs[int(path.stem.removeprefix("epoch-"))] = tiles
+        except Exception:       # what np.load raises for damaged files has no common type
+            raise BadInput(f"{path} is damaged, or shows other images than the first epoch: "
+                           "delete it") from None
+    if not epochs:
+        raise BadInput(f"{folder} has no epoch-*.npy, which pretrain.py writes beside its "
+                       "pictures: give the folder of a run that still has them, or train again")
+    return dict(sorted(epochs.items()))
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
     """The rows of a log.csv, or of the one in a run's folder, as numbers; an empty field is NaN.
 
-    Raises BadInput if it is empty, cut off or not a log; OSError if it cannot be read.
+    Raises BadInput if it has no row, is cut off or not a log; OSError if it cannot be read.
     """
     path = path / "log.csv" if path.is_dir() else path
-    content = path.read_bytes()
+    text = path.read_bytes().decode("utf-8-sig", "replace")     # without a byte-order mark
+    reader, rows = csv.DictReader(text.splitlines(), restval="cut off"), []
     try:
-        text = content.decode("utf-8-sig")                  # spreadsheets write a byte-order mark
-        header, *lines = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
-    except (UnicodeDecodeError, csv.Error):
-        raise BadInput(f"{path} is not a log.csv: it is not a text in UTF-8") from None
-    if not {"epoch", "seconds", "lr"} <= set(header) or not {"loss", "train_loss"} & set(header):
-        raise BadInput(f"{path} is not a log.csv of pretrain.py or finetune.py: its first line "
-                       "does not name their columns")
-    if not lines:
+        if not {"epoch", "seconds"} <= set(reader.fieldnames or ()):
+            raise ValueError("other columns")
+        for row in reader:
+            rows.append({name: float(value or "nan") for name, value in row.items()})
+            if not 0 <= rows[-1]["epoch"] < 1e9:
+                raise ValueError("not an epoch")
+        if not text.endswith(("\n", "\r")):
+            raise ValueError("the last number may be cut off")
+    except (ValueError, TypeError, csv.Error):              # TypeError: more fields than columns
+        raise BadInput(f"{path} is not a log.csv of pretrain.py or finetune.py, or its line "
+                       f"{max(reader.line_num, 1)} is damaged: mend or delete it") from None
+    if not rows:
         raise BadInput(f"{path} has no epoch yet: wait for the first one, or give another run")
-    rows = []
-    for number, line in enumerate(lines, start=2):
-        cut_off = number > len(lines) and not text.endswith(("\n", "\r"))
-        try:
-            row = {name: float(value or "nan") for name, value in zip(header, line, strict=True)}
-        except ValueError:
-            row = {"epoch": math.nan}
-        if cut_off or not 0 <= row["epoch"] < 1e9:
-            raise BadInput(f"{path}, line {number}: not a whole row of numbers, one per column and "
-                           "first an epoch; mend it or delete it")
-        rows.append(row)
-    odd = sum(not abs(value) < LARGEST for row in rows for value in row.values())
-    if odd:
-        print(f"note: {path}: {odd} values are not finite, or too large, and are drawn as gaps",
+    gaps = sum(not abs(value) < LARGEST for row in rows for value in row.values())
+    if gaps:
+        print(f"note: {path}: {gaps} values are not finite, or too large, and are drawn as gaps",
               file=sys.stderr)
     return rows
 
 
 def read_settings(run: Path) -> dict:
-    """The settings in a run's config.json, or none if it does not hold any."""
+    """The settings in the config.json of a run, or beside a log, or none if there are none."""
+    folder = run if run.is_dir() else run.parent
     try:
-        return dict(json.loads((run / "config.json").read_text())["settings"])
+        return dict(json.loads((folder / "config.json").read_text())["settings"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
@@ -726,32 +684,19 @@ def title_of(dataset: str) -> str:
     return data.SOURCES[dataset].title if dataset in data.SOURCES else dataset
 
 
-def name_run(path: Path) -> str:
-    """A run is called after its folder, or after a log or checkpoint that was renamed."""
+def describe(path: Path, settings: dict) -> str:
+    """The name of a run and, if its settings tell, its data set.
+
+    It is called after its folder, or after a log or checkpoint that was renamed.
+    """
     path = path.resolve()
     if path.name in ("checkpoint.pt", "weights.pt", "log.csv"):
         path = path.parent
-    return path.name if path.is_dir() else path.stem
-
-
-def describe_run(path: Path) -> str:
-    """The name of a run or log and, if the config.json beside it tells, its data set."""
-    settings = read_settings(path if path.is_dir() else path.parent)
+    name = path.name if path.is_dir() else path.stem
     if "dataset" not in settings:
-        return name_run(path)
+        return name
     held_out = ", validation" if settings.get("validation") else ""
-    return f"{name_run(path)} ({title_of(str(settings['dataset']))}{held_out})"
-
-
-def describe(path: Path, checkpoint: dict) -> str:
-    """A checkpoint in a caption: name of the run, data set, epoch."""
-    task = "pre-trained on" if checkpoint["kind"] == "pretrain" else "classifies"
-    title = title_of(checkpoint["settings"]["dataset"])
-    return f"{name_run(path)}, {task} {title}, epoch {checkpoint['epoch']}"
-
-
-HERE = Path(__file__).parent
-
+    return f"{name} ({title_of(str(settings['dataset']))}{held_out})"
 
 def load_images(args: argparse.Namespace, dataset: str, size: int):
     """What to draw: images uint8 (n, 3, size, size), a label for each, where they are from.
@@ -760,12 +705,11 @@ def load_images(args: argparse.Namespace, dataset: str, size: int):
     asks for it; if it is missing, the examples of this repository take its place. Raises BadInput.
     """
     name, files = args.dataset or dataset, args.images
-    title = data.SOURCES[name].title
+    title = title_of(name)
     if files and (args.indices or args.dataset):
-        raise BadInput("--indices and --dataset are about images of a data set: leave them out, or "
-                       "the image files")
-    there = (args.data_dir / data.SOURCES[name].folder).exists() or name == "shapes"
-    if not files and not there and not args.dataset:
+        raise BadInput("give either image files or --dataset and --indices, not both")
+    on_disk = (args.data_dir / data.SOURCES[name].folder).exists() or name == "shapes"
+    if not files and not on_disk and not args.dataset:
         files = sorted((HERE / "assets" / "examples").glob("*.png"))[:args.count]
         if args.indices or not files:
             raise BadInput(f"{title} is not in {args.data_dir}: give image files, --data-dir, or "
@@ -773,15 +717,14 @@ def load_images(args: argparse.Namespace, dataset: str, size: int):
     if files:
         images = torch.stack([read_image(file, size) for file in files])
         return images, [file.stem for file in files], "image files"
-    loaded = data.load_dataset(name, args.data_dir)
-    images, labels = ((loaded.test_images, loaded.test_labels) if args.split == "test" else
-                      (loaded.train_images, loaded.train_labels))
-    chosen = args.indices or list(range(args.count))
+    loaded, chosen = data.load_dataset(name, args.data_dir), args.indices or range(args.count)
+    images = getattr(loaded, f"{args.split}_images")
     if max(chosen) >= len(images):
         raise BadInput(f"image {max(chosen)}: the {args.split} images of {title} are numbered 0 to "
                        f"{len(images) - 1}; see --indices and --count")
-    names = [f"{i} {loaded.classes[label]}" for i, label in zip(chosen, labels[chosen].tolist())]
-    return images[chosen], names, f"{title} {args.split} images"
+    labels = getattr(loaded, f"{args.split}_labels")
+    names = [f"{i} {loaded.classes[labels[i]]}" for i in chosen]
+    return images[list(chosen)], names, f"{title} {args.split} images"
 
 
 # ------------------------------------------------------------------------------ the program
@@ -792,17 +735,20 @@ def draw_noise(images: Tensor, model: mae.MAEViT, seed: int) -> Tensor:
     return torch.rand(len(images), model.encoder.num_patches, generator=generator)     # (B, N)
 
 
-def prepare(args: argparse.Namespace, kind: str | None = None):
-    """What the pictures of a model and images need: model, checkpoint, images, labels, caption."""
+def load(args: argparse.Namespace, kind: str | None = None):
+    """What the flags name: model, images, their labels, caption; for `embeddings` no images."""
     model, checkpoint = data.load_model(args.checkpoint, kind)
-    images, labels, source = load_images(args, checkpoint["settings"]["dataset"],
-                                         encoder_of(model).image_size)
-    caption = f"{source} · {describe(args.checkpoint, checkpoint)}"
-    return model, checkpoint, images, labels, caption
+    settings, program = checkpoint["settings"], data.PROGRAMS[checkpoint["kind"]]
+    caption = f"{describe(args.checkpoint, settings)} · {checkpoint['epoch']} epochs of {program}"
+    if "images" not in args:
+        return model, None, None, caption
+    images, labels, source = load_images(args, settings["dataset"], encoder_of(model).image_size)
+    return model, images, labels, f"{source} · {caption}"
 
 
 def run_reconstruct(args: argparse.Namespace) -> Image.Image:
-    model, _, images, labels, caption = prepare(args, "pretrain")
+    """Masked images, their reconstructions and the originals."""
+    model, images, labels, caption = load(args, "pretrain")
     noise = draw_noise(images, model, args.seed)
     tiles, errors = reconstruct(model, images, noise, args.raw, args.mask_ratio)
     for label, error in zip(labels, errors.tolist()):
@@ -815,37 +761,41 @@ def run_reconstruct(args: argparse.Namespace) -> Image.Image:
 
 
 def run_ratios(args: argparse.Namespace) -> Image.Image:
-    model, _, images, _, caption = prepare(args, "pretrain")
+    """Reconstructions at mask ratios from 0.5 to 0.95."""
+    model, images, _, caption = load(args, "pretrain")
     return draw_ratios(model, images, draw_noise(images, model, args.seed), caption)
 
 
 def run_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
+    """The same images and masks over a run: .png is a sheet, .gif and .webp are animations."""
     epochs, settings = read_epochs(args.RUN), read_settings(args.RUN)
-    caption = describe_run(args.RUN)
+    caption = describe(args.RUN, settings)
     if isinstance(settings.get("mask_ratio"), float):
         norm_pix_loss = settings.get("norm_pix_loss") is True
         caption += f" · {conditions(settings['mask_ratio'], norm_pix_loss)}"
     if args.out.suffix == ".png":
         return draw_timeline(epochs, caption, args.count)
-    shown = sorted(epochs)[::-math.ceil(len(epochs) / 60)][::-1]        # the last is one of them
+    shown = list(epochs)[::-math.ceil(len(epochs) / 60)][::-1]      # the last is one of them
     return [draw_triples(epochs[epoch][:args.count], f"Reconstructions after epoch {epoch}",
                          caption) for epoch in shown]
 
 
 def run_curves(args: argparse.Namespace) -> Image.Image:
+    """Losses, accuracies and learning rates of runs."""
     runs = {}
     for path in args.logs:
-        label = describe_run(path)
+        label = describe(path, read_settings(path))
         runs[label if label not in runs else str(path)] = read_log(path)
-    return draw_curves(runs, args.x, args.log, args.metrics)
+    return draw_curves(runs, args.x, args.log, args.metric)
 
 
 def run_attention(args: argparse.Namespace) -> Image.Image:
-    model, checkpoint, images, labels, caption = prepare(args)
-    if checkpoint["settings"].get("pool") == "mean" and not args.patch:
+    """Where the class token or a patch looks, head by head."""
+    model, images, labels, caption = load(args)
+    if getattr(model, "pool", None) == "mean" and not args.patch:
         caption += " · its head reads the patches, not this token"
     encoder = encoder_of(model)
-    side, depth = encoder.image_size // encoder.patch_size, len(encoder.blocks)
+    side, depth = encoder.image_size // encoder.patch_size, encoder.depth
     if args.patch and (len(args.patch) != 2 or max(args.patch) >= side):
         raise BadInput(f"--patch needs ROW,COLUMN, each from 0 to {side - 1}")
     if args.block and args.block > depth:
@@ -854,13 +804,16 @@ def run_attention(args: argparse.Namespace) -> Image.Image:
 
 
 def run_embeddings(args: argparse.Namespace) -> Image.Image:
-    model, checkpoint = data.load_model(args.checkpoint)
-    return draw_embeddings(model, describe(args.checkpoint, checkpoint))
+    """Position embeddings compared, and filters of the patch embedding."""
+    model, _, _, caption = load(args)
+    return draw_embeddings(model, caption)
 
 
 def run_architecture(args: argparse.Namespace) -> Image.Image:
+    """An image on its way through the model, with all shapes. Without --checkpoint the model is
+    MAEViT with its defaults, untrained."""
     if args.checkpoint:
-        model, _, images, _, caption = prepare(args, "pretrain")
+        model, images, _, caption = load(args, "pretrain")
     else:
         torch.manual_seed(args.seed)
         model = mae.MAEViT().eval()
@@ -875,69 +828,54 @@ def whole_numbers(text: str) -> list[int]:
 
 
 FLAGS = {
-    "images": dict(nargs="*", metavar="IMAGE", type=Path, help="image files, cut to their middle "
-                   "square and resized (default: images of the data set)"),
-    "RUN": dict(metavar="RUN", type=Path, help="folder of a run of pretrain.py"),
-    "logs": dict(nargs="+", metavar="RUN_OR_CSV", type=Path, help="folders of runs, or log.csv "
-                 "files of runs"),
-    "--checkpoint": dict(metavar="FILE", type=Path, help="checkpoint, or a run's folder"),
-    "--indices": dict(type=whole_numbers, metavar="I,J,...", help="which images of the data set, "
-                      "counted from 0 (default: the first ones)"),
-    "--count": dict(type=data.number(int, 1, 60), metavar="N", help="how many images of the data "
-                    "set or run"),
+    "images": dict(nargs="*", type=Path, help="files, cut square (default: from the data set)"),
+    "RUN": dict(type=Path, help="folder of a run of pretrain.py"),
+    "logs": dict(nargs="+", type=Path, help="folders of runs, or log.csv files"),
+    "--checkpoint": dict(type=Path, help="file, or a run's folder",
+                         default=HERE / "results" / "weights" / "pretrain-pixels.pt"),
+    "--indices": dict(type=whole_numbers, help="of images, such as 0,3,12 (default: the first)"),
+    "--count": dict(type=data.number(int, 1, 60), default=6, help="how many images to draw"),
     "--split": dict(choices=["train", "test"], default="test", help="of the data set"),
-    "--dataset": dict(choices=list(data.SOURCES), help="data set, downloaded if it is missing "
-                      "(default: the checkpoint's, never downloaded)"),
-    "--data-dir": dict(type=Path, default=Path("data"), metavar="DIR", help="folder that holds the "
-                       "folders of the data sets"),
-    "--seed": dict(type=data.number(int, 0, 2**32 - 1), default=0, metavar="S",
-                   help="of the masks"),
-    "--mask-ratio": dict(type=data.number(float, 0, 1, open_ends=True), metavar="R", help="part of "
-                         "the patches that is hidden (default: the model's)"),
-    "--raw": dict(action="store_true", help="show the bare prediction, without the visible patches "
-                  "pasted back"),
-    "--x": dict(choices=["epoch", "time"], default="epoch", help="horizontal axis: epochs, or the "
-                "time that they took"),
+    "--dataset": dict(choices=data.SOURCES, help="downloaded if it is missing (default: the "
+                      "checkpoint's, never downloaded)"),
+    "--data-dir": dict(type=Path, default=Path("data"), help="folder of the data sets' folders"),
+    "--seed": dict(type=data.number(int, 0, 2**32 - 1), default=0, help="of the masks"),
+    "--mask-ratio": dict(type=data.number(float, 0, 1, open_ends=True), help="part of the patches "
+                         "that is hidden (default: the model's)"),
+    "--raw": dict(action="store_true", help="do not paste the visible patches back"),
+    "--x": dict(choices=["epoch", "time"], default="epoch", help="the horizontal axis"),
     "--log": dict(action="store_true", help="logarithmic vertical axes, except for accuracy"),
-    "--metric": dict(action="append", choices=list(METRICS), dest="metrics", help="what to draw; "
-                     f"may be repeated (default: {', '.join(USUAL)})"),
-    "--patch": dict(type=whole_numbers, metavar="ROW,COLUMN", help="the patch that looks, counted "
-                    "from 0 (default: the class token looks)"),
-    "--block": dict(type=data.number(int, 1), metavar="N", help="block of the encoder, counted "
-                    "from 1 (default: the last)"),
-    "--out": dict(type=Path, metavar="FILE", help="file to write"),
+    "--metric": dict(choices=METRICS, action="append", help="what to draw; may be repeated "
+                     f"(default: {', '.join(USUAL)})"),
+    "--patch": dict(type=whole_numbers, help="ROW,COLUMN of the patch that looks, counted from 0 "
+                    "(default: the class token looks)"),
+    "--block": dict(type=data.number(int, 1), help="which one of the encoder, counted from 1 "
+                    "(default: the last)"),
+    "--out": dict(type=Path, help="file to write"),
 }
-IMAGES = ("images", "--checkpoint", "--indices", "--split", "--dataset", "--data-dir", "--count")
-SHIPPED = HERE / "results" / "weights" / "pretrain-pixels.pt"
-COMMANDS = {    # name: (function, what it draws, flags, their defaults)
-    "reconstruct": (run_reconstruct, "masked images, their reconstructions and the originals",
-                    (*IMAGES, "--seed", "--mask-ratio", "--raw"),
-                    dict(checkpoint=SHIPPED, count=12, out=Path("reconstruction.png"))),
-    "ratios": (run_ratios, "reconstructions at mask ratios from 0.5 to 0.95", (*IMAGES, "--seed"),
-               dict(checkpoint=SHIPPED, count=6)),
-    "timeline": (run_timeline, "the same images and masks over a run; .png is a sheet, .gif and "
-                 ".webp are animations", ("RUN", "--count"), dict(count=6)),
-    "curves": (run_curves, "losses, accuracies and learning rates of runs",
-               ("logs", "--x", "--log", "--metric"), {}),
-    "attention": (run_attention, "where the class token or a patch looks, head by head",
-                  (*IMAGES, "--patch", "--block"), dict(checkpoint=SHIPPED, count=3)),
-    "embeddings": (run_embeddings, "position embeddings compared, filters of the patch embedding",
-                   ("--checkpoint",), dict(checkpoint=SHIPPED)),
-    "architecture": (run_architecture, "an image on its way through the model, with all shapes; "
-                     "without --checkpoint MAEViT with its defaults, untrained",
-                     (*IMAGES, "--seed"), dict(count=1)),
-}
+IMAGES = ("images", "--checkpoint", "--indices", "--count", "--split", "--dataset", "--data-dir")
 
 
 def make_parser() -> data.Parser:
     parser = data.Parser(description="Draw a picture; without a subcommand: reconstruct. "
                          "SUBCOMMAND --help explains its flags.")
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
-    for name, (run, text, flags, defaults) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=f"Draw {text}.")
+
+    def add(run, *flags: str, **defaults) -> None:
+        name = run.__name__.removeprefix("run_")
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         for flag in (*flags, "--out"):
             command.add_argument(flag, **FLAGS[flag])
-        command.set_defaults(**{"out": Path(f"{name}.png"), "run": run, **defaults})
+        command.set_defaults(**{"run": run, "out": Path(f"{name}.png"), **defaults})
+
+    add(run_reconstruct, *IMAGES, "--seed", "--mask-ratio", "--raw", count=12,
+        out=Path("reconstruction.png"))
+    add(run_ratios, *IMAGES, "--seed")
+    add(run_timeline, "RUN", "--count")
+    add(run_curves, "logs", "--x", "--log", "--metric")
+    add(run_attention, *IMAGES, "--patch", "--block", count=3)
+    add(run_embeddings, "--checkpoint")
+    add(run_architecture, *IMAGES, "--seed", count=1, checkpoint=None)
     return parser
 
 
