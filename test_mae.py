@@ -5,9 +5,9 @@ pictures, the README. Programs run through their command lines, `run(program, *f
 models and files made here. No test needs the network, and only one the real CIFAR-10.
 """
 import argparse
+import collections
 import contextlib
 import csv
-import fcntl
 import hashlib
 import http.server
 import io
@@ -25,10 +25,8 @@ import shlex
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import tarfile
 import termios
 import threading
 import time
@@ -72,7 +70,7 @@ def tiny_mae(**changes) -> MAEViT:
 # ------------------------------------------------------------------------------ the model
 
 
-def test_patches_are_cut_row_by_row_and_hold_channel_y_x():
+def test_patches_are_cut_row_by_row_hold_channel_y_x_and_can_be_put_together_again():
     images = random_images(2, side=12)
     patches = patchify(images, 4)
     assert patches.shape == (2, 9, 48)
@@ -80,22 +78,17 @@ def test_patches_are_cut_row_by_row_and_hold_channel_y_x():
                                                      *[range(4)] * 2):
         value = images[b, c, row * 4 + y, column * 4 + x]
         assert patches[b, row * 3 + column, c * 16 + y * 4 + x] == value
+    assert torch.equal(unpatchify(patches, 4), images)
 
 
-@pytest.mark.parametrize("patch_size", [1, 2, 4, 8, 32])
-def test_unpatchify_undoes_patchify(patch_size):
-    images = random_images(3)
-    assert torch.equal(unpatchify(patchify(images, patch_size), patch_size), images)
-
-
-@pytest.mark.parametrize("N, mask_ratio", [(256, 0.75), (64, 0.75), (16, 0.5), (100, 0.9),
-                                           (7, 0.3)])
+@pytest.mark.parametrize("N, mask_ratio", [(256, 0.75), (16, 0.5), (7, 0.3)])
 def test_shuffle_masks_exactly_and_restore_undoes_it(N, mask_ratio):
     tokens = torch.arange(5 * N * 2, dtype=torch.float32).view(5, N, 2)
     visible, restore, mask = PatchShuffle(mask_ratio)(tokens)
     K = round(N * (1 - mask_ratio))
     assert visible.shape == (5, K, 2) and restore.shape == mask.shape == (5, N)
     assert (mask.sum(dim=1) == N - K).all() and set(mask.unique().tolist()) == {0, 1}
+    assert len(mask.unique(dim=0)) > 1                      # not the same ones in all images
     filled = torch.cat([visible, torch.full((5, N - K, 2), -1.0)], dim=1)
     restored = mae.take(filled, restore)
     assert torch.equal(restored, torch.where(mask[..., None] == 1, -1.0, tokens))
@@ -110,20 +103,29 @@ def test_every_patch_is_equally_likely_to_be_masked():
     assert mask.unique(dim=0).shape[0] > 1700               # of the 1820 ways to choose 12 of 16
 
 
-def test_masked_pixels_cannot_influence_the_encoder():
+def test_the_same_noise_gives_the_same_result_and_other_noise_another():
+    model, images = tiny_mae(), random_images(3)
+    first, again = (model(images, random_noise(3, 16)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert not torch.equal(model(images, random_noise(3, 16, seed=2))[2], first[2])
+    assert not torch.equal(model(images)[2], model(images)[2])
+
+
+def test_masked_pixels_cannot_influence_the_encoder_and_predictions_know_their_place():
     model, images, noise = tiny_mae(), random_images(4), random_noise(4, 16)
     patches = patchify(images, 8).requires_grad_()
     visible, _, mask = model.shuffle(model.encoder.embed(patches), noise)
     gradient, = torch.autograd.grad(model.encoder(visible).square().sum(), patches)
-    assert (gradient[mask == 1] == 0).all()
-    assert (gradient[mask == 0].abs().amax(dim=-1) > 0).all()
+    assert (gradient != 0).any(dim=-1).equal(mask == 0)
 
     _, pred, _ = model(images, noise)
-    hidden = mask[..., None].expand_as(patches) == 1
+    hidden = mask[..., None] == 1
     changed = unpatchify(torch.where(hidden, torch.rand_like(patches), patches), 8)
     assert torch.equal(model(changed, noise)[1], pred)
     seen_changed = unpatchify(torch.where(hidden, patches, patches + 0.1), 8)
     assert not torch.allclose(model(seen_changed, noise)[1], pred)
+    masked = pred[0][mask[0] == 1]
+    assert (masked[0] - masked[1]).abs().max() > 1e-3       # the same mask token, another place
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
@@ -142,42 +144,14 @@ def test_loss_is_the_one_computed_in_numpy(norm_pix_loss):
     assert loss.item() == pytest.approx(np.mean(errors), rel=1e-5)
 
 
-def test_the_same_noise_gives_the_same_result_and_other_noise_another():
-    model, images = tiny_mae(), random_images(3)
-    first, again = (model(images, random_noise(3, 16)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, again))
-    assert not torch.equal(model(images, random_noise(3, 16, seed=2))[2], first[2])
-    assert not torch.equal(model(images)[2], model(images)[2])
-
-
-@pytest.mark.parametrize("mask_ratio", [0.25, 0.9])
-def test_another_mask_ratio_gives_what_a_model_of_that_ratio_gives(mask_ratio):
+def test_another_mask_ratio_gives_what_a_model_of_that_ratio_gives():
     images, noise = random_images(3), random_noise(3, 16)
-    for a, b in zip(tiny_mae(mask_ratio=mask_ratio)(images, noise),
-                    tiny_mae()(images, noise, mask_ratio)):
+    for a, b in zip(tiny_mae(mask_ratio=0.25)(images, noise), tiny_mae()(images, noise, 0.25)):
         assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="leaves no visible patch out of 16"):
-        tiny_mae()(images, noise, 0.99)
 
 
-def test_decoder_depends_on_position_and_on_every_visible_patch():
-    model, images, noise = tiny_mae(), random_images(2), random_noise(2, 16)
-    _, pred, mask = model(images, noise)
-    masked = pred[0][mask[0] == 1]
-    assert (masked[0] - masked[1]).abs().max() > 1e-3       # the same mask token, another place
-    images.requires_grad_()
-    _, pred, mask = model(images, noise)
-    gradient, = torch.autograd.grad(pred[mask == 1].square().sum(), images)
-    assert (patchify(gradient, 8).abs().sum(dim=-1) > 0).equal(mask == 0)
-
-
-TORCH_NAMES = {"self_attn.in_proj_weight": "attn.qkv.weight",
-               "self_attn.out_proj.weight": "attn.proj.weight",
-               "self_attn.out_proj.bias": "attn.proj.bias",
-               "linear1.weight": "mlp.fc1.weight", "linear1.bias": "mlp.fc1.bias",
-               "linear2.weight": "mlp.fc2.weight", "linear2.bias": "mlp.fc2.bias",
-               "norm1.weight": "norm1.weight", "norm1.bias": "norm1.bias",
-               "norm2.weight": "norm2.weight", "norm2.bias": "norm2.bias"}
+TORCH_NAMES = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj": "attn.proj",
+               "linear": "mlp.fc", "norm": "norm"}      # how the names of torch and ours begin
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
@@ -193,9 +167,10 @@ def test_classifier_computes_what_a_vit_of_torchs_own_layers_computes(pool):
     for i in range(2):
         layer = nn.TransformerEncoderLayer(16, 2, 64, 0.0, "gelu", batch_first=True,
                                            norm_first=True)
-        layer.load_state_dict({theirs: weights[f"blocks.{i}.{ours}"]
-                               for theirs, ours in TORCH_NAMES.items()}
-                              | {"self_attn.in_proj_bias": torch.zeros(48)})
+        for name, value in layer.state_dict().items():
+            start = next(start for start in TORCH_NAMES if name.startswith(start))
+            ours = f"blocks.{i}.{name.replace(start, TORCH_NAMES[start])}"
+            value.copy_(weights.get(ours, torch.zeros(48)))     # queries and so on have no bias
         tokens = layer(tokens)
     codes = F.layer_norm(tokens, (16,), weights["norm.weight"], weights["norm.bias"])
     code = codes[:, 0] if pool == "cls" else codes[:, 1:].mean(dim=1)
@@ -203,23 +178,15 @@ def test_classifier_computes_what_a_vit_of_torchs_own_layers_computes(pool):
     torch.testing.assert_close(classifier(images), logits)
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_classifier_leaves_patches_out_only_if_it_is_given_noise(pool):
-    encoder, noise = tiny_mae().encoder, random_noise(2, 16)
-    images = random_images(2).requires_grad_()
-    classifier = ViTClassifier(encoder, 5, pool, mask_ratio=0.75)
-
-    def seen(*noise: torch.Tensor) -> torch.Tensor:         # (2, 16)
-        gradient, = torch.autograd.grad(classifier(images, *noise).square().sum(), images)
-        return patchify(gradient, 8).abs().sum(dim=-1) > 0
-
-    assert seen().all()
-    assert seen(noise).equal(PatchShuffle(0.75)(patchify(images, 8), noise)[2] == 0)
-    whole = ViTClassifier(encoder, 5, pool)                 # its mask ratio is 0
-    assert torch.equal(whole(images, noise), whole(images))
-    assert torch.equal(whole.features(images), classifier.features(images))
-    with pytest.raises(ValueError, match="leaves no visible patch out of 16"):
-        ViTClassifier(encoder, mask_ratio=0.99)
+def test_classifier_leaves_patches_out_only_if_it_is_given_noise():
+    encoder, noise, images = tiny_mae().encoder, random_noise(2, 16), random_images(2)
+    images.requires_grad_()
+    _, _, mask = PatchShuffle(0.75)(patchify(images, 8), noise)
+    for mask_ratio, given, seen in ((0.75, noise, mask == 0), (0.75, None, mask >= 0),
+                                    (0.0, noise, mask >= 0)):
+        logits = ViTClassifier(encoder, 5, "mean", mask_ratio)(images, given)
+        gradient, = torch.autograd.grad(logits.square().sum(), images)
+        assert (patchify(gradient, 8) != 0).any(dim=-1).equal(seen)
 
 
 def test_attention_maps_are_those_that_the_blocks_use():
@@ -259,16 +226,15 @@ def test_parameters_are_as_designed():
             "attn.proj.weight": (192, 192), "attn.proj.bias": (192,), "norm2.weight": (192,),
             "norm2.bias": (192,), "mlp.fc1.weight": (768, 192), "mlp.fc1.bias": (768,),
             "mlp.fc2.weight": (192, 768), "mlp.fc2.bias": (192,)}.items()}
-    names |= {"norm.weight": (192,), "norm.bias": (192,)}
-    assert {n: tuple(p.shape) for n, p in model.encoder.state_dict().items()} == names
-    head = {"head.weight": (10, 192), "head.bias": (10,)}
+    names |= {"norm.weight": (192,), "norm.bias": (192,), "head.weight": (10, 192),
+              "head.bias": (10,)}
     classifier = ViTClassifier(model.encoder)
-    assert {n: tuple(p.shape) for n, p in classifier.state_dict().items()} == names | head
-    decoder = dict(model.decoder.named_parameters())
-    assert decoder["pos_embed"].shape == (1, 257, 192) and decoder["head.weight"].shape == (12, 192)
+    assert {n: tuple(p.shape) for n, p in classifier.state_dict().items()} == names
+    assert model.encoder.state_dict().keys() == names.keys() - {"head.weight", "head.bias"}
+    decoder = model.decoder.state_dict()
     assert {"mask_token", "head.bias", "blocks.3.mlp.fc2.bias"} <= decoder.keys()
-    assert not any(name.startswith("embed.") for name in decoder)
-    assert "embed.weight" in dict(tiny_mae().decoder.named_parameters())    # other widths
+    assert "embed.weight" not in decoder
+    assert "embed.weight" in tiny_mae().decoder.state_dict()    # other widths
 
 
 @pytest.mark.parametrize("recipe", ["full", "laptop"])
@@ -281,22 +247,12 @@ def test_the_first_loss_is_about_that_of_predicting_grey(recipe):
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: MAEViT(patch_size=5), "patch size 5 does not divide"),
-    (lambda: MAEViT(heads=5), "width of 192 is not divisible by 5 heads"),
-    (lambda: MAEViT(decoder_heads=7), "width of 192 is not divisible by 7 heads"),
     (lambda: MAEViT(depth=0), "at least 1"),
-    (lambda: MAEViT(decoder_depth=0), "at least 1"),
-    (lambda: MAEViT(mask_ratio=1.0), "mask ratio 1.0"),
-    (lambda: MAEViT(mask_ratio=0.0), "mask ratio 0.0"),
-    (lambda: MAEViT(patch_size=16, mask_ratio=0.95), "leaves no visible patch out of 4"),
     (lambda: MAEViT(patch_size=16, mask_ratio=0.05), "leaves no masked patch out of 4"),
-    (lambda: tiny_mae()(torch.zeros(2, 3, 28, 28)), "images must be (B, 3, 32, 32)"),
     (lambda: tiny_mae()(torch.zeros(2, 1, 32, 32)), "images must be (B, 3, 32, 32)"),
-    (lambda: patchify(torch.zeros(3, 32, 32), 4), "not enough values"),
+    (lambda: patchify(torch.zeros(1, 3, 30, 32), 4), "does not divide an image of 30 x 32"),
     (lambda: unpatchify(torch.zeros(1, 15, 48), 4), "not a square RGB image"),
-    (lambda: ViTClassifier(tiny_mae().encoder, pool="max"), "pool"),
-    (lambda: ViTClassifier(tiny_mae().encoder, num_classes=0), "classes"),
-])
+    (lambda: ViTClassifier(tiny_mae().encoder, pool="max"), "pool")])
 def test_what_does_not_fit_together_is_a_value_error(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
@@ -311,6 +267,7 @@ def data_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     data.load_dataset("shapes", folder)
     write_records("cifar10", folder, count=40)
+    write_records("cifar10", folder / "other", count=30)
     write_records("cifar100", folder, count=300)
     return folder
 
@@ -328,44 +285,29 @@ def write_records(name: str, folder: Path, count: int) -> None:
         (folder / source.folder / file).write_bytes(records.astype(np.uint8).tobytes())
 
 
-def assert_read_independently(dataset: data.Dataset, folder: Path, label_bytes: int) -> None:
+@pytest.mark.parametrize("name, label_bytes", [("cifar10", 1), ("cifar100", 2), ("shapes", 1),
+                                               ("the real cifar10", 1)])
+def test_what_is_loaded_is_what_stands_in_the_files(data_dir, name, label_bytes):
     """Compare every label, and every pixel of every seventh record, read with nothing but `bytes`
     and Pillow."""
-    source = data.SOURCES[dataset.name]
+    name, real = name.split()[-1], name.startswith("the real")
+    folder, source = HERE / "data" if real else data_dir, data.SOURCES[name]
+    if not (folder / source.folder).exists():
+        pytest.skip("the real CIFAR-10 is not in data/")
+    dataset, size = data.load_dataset(name, folder), label_bytes + 3072
+    assert dataset.train_images.dtype == torch.uint8 and dataset.train_labels.dtype == torch.int64
+    assert len(dataset.classes) == source.num_classes
+    assert not real or dataset.classes[dataset.train_labels[0]] == "frog"
     for files, images, labels in [(source.train, dataset.train_images, dataset.train_labels),
                                   (source.test, dataset.test_images, dataset.test_labels)]:
-        size, index = label_bytes + 3072, 0
-        for file in files:
-            content = (folder / file).read_bytes()
-            for start in range(0, len(content), size):
-                assert labels[index] == content[start + label_bytes - 1]
-                if index % 7 == 0:
-                    planes = [Image.frombytes("L", (32, 32), content[
-                        start + label_bytes + 1024 * c:start + label_bytes + 1024 * (c + 1)])
-                        for c in range(3)]
-                    picture = np.asarray(Image.merge("RGB", planes))    # (32, 32, 3)
-                    assert (images[index].permute(1, 2, 0).numpy() == picture).all()
-                index += 1
-        assert index == len(images) == len(labels)
-
-
-@pytest.mark.parametrize("name, label_bytes", [("cifar10", 1), ("cifar100", 2), ("shapes", 1)])
-def test_what_is_loaded_is_what_stands_in_the_files(data_dir, name, label_bytes):
-    dataset = data.load_dataset(name, data_dir)
-    assert dataset.train_images.dtype == torch.uint8 and dataset.train_labels.dtype == torch.int64
-    assert len(dataset.classes) == (100 if name == "cifar100" else 10)
-    assert_read_independently(dataset, data_dir / data.SOURCES[name].folder, label_bytes)
-
-
-def test_the_real_cifar10_is_loaded_as_it_is():
-    folder = HERE / "data" / "cifar-10-batches-bin"
-    if not folder.exists():
-        pytest.skip("the real CIFAR-10 is not in data/")
-    dataset = data.load_dataset("cifar10", HERE / "data")
-    assert dataset.train_images.shape == (50_000, 3, 32, 32) and len(dataset.test_labels) == 10_000
-    assert dataset.train_labels.bincount().tolist() == [5000] * 10
-    assert dataset.classes[6] == "frog" == dataset.classes[dataset.train_labels[0]]
-    assert_read_independently(dataset, folder, 1)
+        content = b"".join((folder / source.folder / file).read_bytes() for file in files)
+        assert len(content) == size * len(images) and len(images) == len(labels)
+        assert labels.tolist() == list(content[label_bytes - 1::size])
+        for i in range(0, len(images), 7):
+            pixels = content[i * size + label_bytes:(i + 1) * size]
+            planes = [Image.frombytes("L", (32, 32), pixels[c:c + 1024]) for c in (0, 1024, 2048)]
+            picture = np.asarray(Image.merge("RGB", planes))    # (32, 32, 3)
+            assert (images[i].permute(1, 2, 0).numpy() == picture).all()
 
 
 def test_shapes_are_balanced_varied_and_the_same_every_time(data_dir, tmp_path):
@@ -378,37 +320,30 @@ def test_shapes_are_balanced_varied_and_the_same_every_time(data_dir, tmp_path):
 
 
 def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
-    def order(count: int, batch: int, *seed: int) -> torch.Tensor:
-        return data.epoch_order(count, batch, data.seeded_generator("cpu", *seed))
+    def order(count: int, *seed: int) -> torch.Tensor:
+        return data.epoch_order(count, 4, data.seeded_generator("cpu", *seed))
 
-    assert order(12, 4, 0, 1).flatten().sort().values.tolist() == list(range(12))
-    assert order(14, 4, 0, 1).shape == (3, 4) and len(order(14, 4, 0, 1).unique()) == 12
-    assert torch.equal(order(12, 4, 0, 1), order(12, 4, 0, 1))
-    assert not torch.equal(order(12, 4, 0, 1), order(12, 4, 0, 2))
-    assert not torch.equal(order(12, 4, 0, 1), order(12, 4, 1, 1))
-    small = order(3, 8, 0, 1)                               # fewer images than a batch
-    assert small.shape == (1, 8) and set(small.flatten().tolist()) == {0, 1, 2}
+    assert order(12, 0, 1).flatten().sort().values.tolist() == list(range(12))
+    assert order(14, 0, 1).shape == (3, 4) and len(order(14, 0, 1).unique()) == 12
+    assert torch.equal(order(12, 0, 1), order(12, 0, 1))
+    assert not torch.equal(order(12, 0, 1), order(12, 0, 2))
+    assert not torch.equal(order(12, 0, 1), order(12, 1, 1))
+    assert order(3, 0, 1).shape == (1, 4) and len(order(3, 0, 1).unique()) == 3    # fewer: again
 
 
 def test_augmentation_flips_and_shifts_whole_images():
     images = data.unscale(random_images(400))
     generator = data.seeded_generator("cpu", 0)
     assert data.augment(images, "none", generator) is images
-    flipped = data.augment(images, "flip", generator)
-    is_flip = (flipped == images.flip(3)).flatten(1).all(dim=1)
-    assert (is_flip | (flipped == images).flatten(1).all(dim=1)).all()
-    assert 150 < is_flip.sum() < 250
-
-    cropped, seen = data.augment(images, "crop", generator), set()
     padded = F.pad(images.float(), (4, 4, 4, 4), mode="reflect").to(torch.uint8)
-    for image, result in zip(padded, cropped):
-        mirrored = image.flip(2)
-        ways = [(dy, dx, source is mirrored) for dy, dx, source in
-                itertools.product(range(9), range(9), (image, mirrored))
-                if torch.equal(result, source[:, dy:dy + 32, dx:dx + 32])]
-        assert len(ways) == 1
-        seen.update(ways)
-    assert len(seen) > 140                                  # of 162
+    for kind, shifts, least in (("flip", [4], 2), ("crop", range(9), 140)):
+        seen = collections.Counter()
+        for image, result in zip(padded, data.augment(images, kind, generator)):
+            way, = [(dy, dx, flip) for dy, dx, flip in itertools.product(shifts, shifts, (0, 1))
+                    if result.equal((image.flip(2) if flip else image)[:, dy:, dx:][:, :32, :32])]
+            seen[way] += 1
+        assert len(seen) >= least                           # of 2 and 162 ways
+        assert 150 < sum(count for (*_, flip), count in seen.items() if flip) < 250
 
 
 def test_mixed_labels_are_the_shares_of_what_the_images_show():
@@ -416,62 +351,46 @@ def test_mixed_labels_are_the_shares_of_what_the_images_show():
     images = values[:, None, None, None].expand(-1, 3, 32, 32).to(torch.uint8)
     labels = torch.eye(50).repeat(20, 1)
     mixed, targets = data.mix(images, labels, data.seeded_generator("cpu", 0))
-    torch.testing.assert_close(targets.sum(dim=1), torch.ones(1000))
     torch.testing.assert_close(mixed.mean(dim=(1, 2, 3)), targets @ values[:50].float(),
                                rtol=1e-4, atol=0)
     shares = (targets * labels).sum(dim=1)                  # of the image itself
     torch.testing.assert_close((targets * labels.roll(1, 0)).sum(dim=1), 1 - shares)
-    changed = mixed[:, 0] != images[:, 0]                   # (1000, 32, 32)
-    blended = changed.all(dim=(1, 2)) & (mixed.amax(dim=(1, 2, 3)) == mixed.amin(dim=(1, 2, 3)))
+    blended = mixed.amax(dim=(1, 2, 3)) == mixed.amin(dim=(1, 2, 3))
     assert 0.45 < blended.float().mean() < 0.55             # mixup or CutMix
     assert 0.45 < shares[blended].mean() < 0.55
     assert 0.63 < shares[~blended].mean() < 0.72            # boxes are cut off at the edges
-    height, width = changed.any(dim=2).sum(dim=1), changed.any(dim=1).sum(dim=1)
-    assert torch.equal((height * width)[~blended], changed.sum(dim=(1, 2))[~blended])   # one box
 
 
 def test_labelled_batches_are_mixed_repeated_and_noised_if_the_settings_say_so():
     images, labels = data.unscale(random_images(12)), torch.arange(12) % 4
     dataset = data.Dataset("cifar10", ["a class"] * 4, images, labels, images, labels)
 
-    def batches(**changes) -> list[tuple]:
+    def batches(**changes) -> zip:                          # all images, all labels and so on
         settings = dict(seed=0, batch_size=4, repeat=2, augment="none", mix=False, mask_ratio=0.0)
         settings = argparse.Namespace(**settings | changes)
-        return list(finetune.labelled_batches(dataset, 16, 1, settings))
+        return map(torch.cat, zip(*finetune.labelled_batches(dataset, 16, 1, settings)))
 
-    plain = batches()
-    assert len(plain) == 6 and all(len(batch) == 2 for batch in plain)
-    shown = data.unscale(torch.cat([batch[0] for batch in plain])).flatten(1)
-    assert ((shown[:, None] == images.flatten(1)).all(dim=2).sum(dim=0) == 2).all()    # repeat
-    for (x, y), (_, _, noise) in zip(plain, batches(mask_ratio=0.5)):
-        assert noise.shape == (4, 16) and noise.unique().numel() == 64
-    for (x, y), (mixed, targets) in zip(plain, batches(mix=True)):
-        assert targets.shape == (4, 4) and not mixed.equal(x)
-        torch.testing.assert_close(targets.sum(dim=1), torch.ones(4))
-
-
-def test_scaling_is_undone_exactly():
-    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert data.scale(every).min() == -1 and data.scale(every).max() == 1
-    assert torch.equal(data.unscale(data.scale(every)), every)
+    plain, _ = batches()
+    shown = (data.unscale(plain)[:, None] == images).flatten(2).all(dim=2)      # (24, 12)
+    assert (shown.sum(dim=0) == 2).all()                    # repeat
+    _, _, noise = batches(mask_ratio=0.5)
+    assert noise.shape == (24, 16) and noise.unique().numel() == 24 * 16
+    mixed, targets = batches(mix=True)
+    assert targets.shape == (24, 4) and not mixed.equal(plain)
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(24))
 
 
-def test_balanced_subsets_hold_n_of_each_class_and_depend_on_the_seed(data_dir):
-    dataset = data.load_dataset("shapes", data_dir)
-    subset = dataset.balanced(7, seed=0)
-    assert subset.train_labels.bincount().tolist() == [7] * 10
-    assert torch.equal(subset.train_images, dataset.balanced(7, seed=0).train_images)
-    assert not torch.equal(subset.train_images, dataset.balanced(7, seed=1).train_images)
-    assert len(subset.test_labels) == 2000
-
-
-def test_images_held_out_are_tested_on_and_not_learned_from(data_dir):
+def test_subsets_are_balanced_or_hold_images_out(data_dir):
     whole = data.load_dataset("shapes", data_dir)
+    few, again, others = (whole.balanced(7, seed=seed).train_images for seed in (0, 0, 1))
+    assert torch.equal(few, again) and not torch.equal(few, others)
+    assert whole.balanced(7, seed=0).train_labels.bincount().tolist() == [7] * 10
     held_out = whole.hold_out(1000)
-    assert torch.equal(held_out.train_images, whole.train_images[:-1000])
-    assert torch.equal(held_out.train_labels, whole.train_labels[:-1000])
-    assert torch.equal(held_out.test_images, whole.train_images[-1000:])
-    assert torch.equal(held_out.test_labels, whole.train_labels[-1000:])
+    for now, before in ((held_out.train_images, whole.train_images[:-1000]),
+                        (held_out.train_labels, whole.train_labels[:-1000]),
+                        (held_out.test_images, whole.train_images[-1000:]),
+                        (held_out.test_labels, whole.train_labels[-1000:])):
+        assert torch.equal(now, before)
 
 
 # ------------------------------------------------------------------------------ the programs
@@ -537,31 +456,27 @@ KINDS = {"pretrain": pretrain, "finetune": finetune, "scratch": finetune, "linea
 
 
 @pytest.fixture(scope="session")
-def flags_of_runs(data_dir, tmp_path_factory) -> dict[str, list]:
-    """The flags of a run of each kind, without --out: 96 of 200 random images, a small model."""
+def runs(flags, tmp_path_factory) -> dict[str, Path]:
+    """A finished run of each kind."""
+    return {kind: tmp_path_factory.getbasetemp() / "runs" / kind for kind in KINDS}
+
+
+@pytest.fixture(scope="session")
+def flags(data_dir, tmp_path_factory) -> dict[str, list]:
+    """The flags of a run of each kind, without --out: 96 of 200 random images, a small model. The
+    runs have been made, since two of them start from another one."""
+    folder = tmp_path_factory.getbasetemp() / "runs"
     small = ["--recipe", "laptop", "--dataset", "cifar10", "--data-dir", data_dir, "--limit", 96,
              "--batch-size", 32, "--device", "cpu", "--precision", "fp32"]
     sizes = ["--patch-size", 8, "--dim", 16, "--depth", 1, "--heads", 2]
-    init = ["--init", tmp_path_factory.getbasetemp() / "runs" / "pretrain"]
-    return {"pretrain": [*small, *sizes, "--decoder-dim", 16, "--decoder-heads", 2, "--epochs", 3],
-            "finetune": [*small, *init, "--epochs", 2, "--mix"],
-            "scratch": [*small, *sizes, "--epochs", 2],
-            "linear": [*small, *init, "--mode", "linear", "--epochs", 5]}
-
-
-@pytest.fixture(scope="session")
-def runs(flags_of_runs, tmp_path_factory) -> dict[str, Path]:
-    """A finished run of each kind."""
-    folder = tmp_path_factory.getbasetemp() / "runs"
+    init = ["--init", folder / "pretrain"]
+    flags = {"pretrain": [*small, *sizes, "--decoder-dim", 16, "--decoder-heads", 2, "--epochs", 3],
+             "finetune": [*small, *init, "--epochs", 2, "--mix"],
+             "scratch": [*small, *sizes, "--epochs", 2],
+             "linear": [*small, *init, "--mode", "linear", "--epochs", 5]}
     for kind, program in KINDS.items():
-        succeed(program, *flags_of_runs[kind], "--out", folder / kind)
-    return {kind: folder / kind for kind in KINDS}
-
-
-@pytest.fixture(scope="session")
-def flags(flags_of_runs, runs) -> dict[str, list]:
-    """The same, once the runs are there: two of them start from another one."""
-    return flags_of_runs
+        succeed(program, *flags[kind], "--out", folder / kind)
+    return flags
 
 
 def test_pretraining_leaves_a_whole_run_folder(runs):
@@ -576,36 +491,25 @@ def test_pretraining_leaves_a_whole_run_folder(runs):
     config = json.loads((out / "config.json").read_text())
     assert config["settings"]["dataset"] == "cifar10" and config["settings"]["dim"] == 16
     assert config["versions"]["torch"] == torch.__version__
+    half = data.load_checkpoint(out / "weights.pt")
+    assert "optimizers" not in half
+    for name, value in read_model(out).items():
+        assert half["model"][name].equal(value.half())
 
 
-def test_the_last_weights_are_kept_in_half_precision_too(runs):
-    for out in runs.values():
-        half = data.load_checkpoint(out / "weights.pt")
-        assert "optimizers" not in half
-        for name, value in read_model(out / "checkpoint.pt").items():
-            assert half["model"][name].equal(value.half())
-
-
-def test_fine_tuning_starts_from_the_pretrained_encoder_and_scratch_does_not(runs, flags, tmp_path):
-    pretrained = read_model(runs["pretrain"])
-    still = ["--epochs", 1, "--base-lr", 1e-12]
-    succeed(finetune, *flags["finetune"], *still, "--out", tmp_path / "init")
-    for name, value in read_model(tmp_path / "init").items():
-        if not name.startswith("head."):
-            torch.testing.assert_close(value, pretrained[f"encoder.{name}"])
-    succeed(finetune, *flags["scratch"], *still, "--seed", 7, "--out", tmp_path / "scratch")
-    weight = read_model(tmp_path / "scratch")["blocks.0.attn.qkv.weight"]
-    assert (weight - pretrained["encoder.blocks.0.attn.qkv.weight"]).abs().max() > 0.1
+def test_fine_tuning_starts_from_the_pretrained_encoder_and_a_linear_probe_keeps_it(
+        runs, flags, tmp_path):
+    succeed(finetune, *flags["finetune"], "--epochs", 1, "--base-lr", 1e-12, "--out",
+            tmp_path / "run")
+    pretrained, log = read_model(runs["pretrain"]), read_log(runs["linear"])
+    for folder, tolerance in ((tmp_path / "run", 1e-5), (runs["linear"], 0)):
+        for name, value in read_model(folder).items():
+            if not name.startswith("head."):
+                torch.testing.assert_close(value, pretrained[f"encoder.{name}"], rtol=tolerance,
+                                           atol=tolerance)
+    assert float(log[-1]["train_loss"]) < float(log[0]["train_loss"])
     tuned = read_model(runs["finetune"])["blocks.0.attn.qkv.weight"]
     assert not torch.equal(tuned, pretrained["encoder.blocks.0.attn.qkv.weight"])
-
-
-def test_linear_probe_trains_the_head_alone(runs):
-    pretrained, log = read_model(runs["pretrain"]), read_log(runs["linear"])
-    for name, value in read_model(runs["linear"]).items():
-        if not name.startswith("head."):
-            assert torch.equal(value, pretrained[f"encoder.{name}"])
-    assert float(log[-1]["train_loss"]) < float(log[0]["train_loss"])
 
 
 @pytest.mark.parametrize("hardware", [True, False], ids=["with bfloat16", "without bfloat16"])
@@ -617,6 +521,7 @@ def test_evaluate_prints_the_last_row_of_the_log_whatever_the_machine_multiplies
             "--out", tmp_path / "run")
     assert read_settings(tmp_path / "run")["precision"] == ("bf16" if hardware else "fp32")
     last = read_log(tmp_path / "run")[-1]
+    assert float(last["test_accuracy"]) > 30                # chance is 10: it has learned colours
     for elsewhere in (hardware, not hardware):
         monkeypatch.setattr(pretrain, "multiplies_bf16", lambda device: elsewhere)
         out = succeed(finetune, "--evaluate", tmp_path / "run", "--data-dir", data_dir)
@@ -625,81 +530,50 @@ def test_evaluate_prints_the_last_row_of_the_log_whatever_the_machine_multiplies
         assert loss == pytest.approx(float(last["test_loss"]), abs=0.6e-4)
 
 
-def test_evaluate_takes_weights_in_half_precision_and_other_data_sets(runs, data_dir):
-    out = succeed(finetune, "--evaluate", runs["scratch"] / "weights.pt", "--data-dir", data_dir)
-    loss = float(read_log(runs["scratch"])[-1]["test_loss"])
-    assert float(re.search("loss ([0-9.]+)", out)[1]) == pytest.approx(loss, abs=0.003)
-    _, out, err = run(finetune, "--evaluate", runs["scratch"], "--dataset", "shapes",
-                      "--data-dir", data_dir)
-    assert "note: it was trained on cifar10, not on shapes" in err and "test accuracy" in out
-
-
-@pytest.mark.parametrize("more", ["--epochs 20", "--epochs 60 --mode linear",
-                                  "--epochs 30 --mix --mask-ratio 0"])
-def test_a_classifier_learns_what_can_be_learned(more, flags, tmp_path):
-    """Classes that differ in colour alone: chance is 10 %."""
-    start = flags["finetune"][:-1]                          # without --mix
-    succeed(finetune, *start, *more.split(), "--base-lr", 0.02, "--out", tmp_path / "run")
-    assert float(read_log(tmp_path / "run")[-1]["test_accuracy"]) > 50
-
-
-def test_repeat_shows_few_images_often(flags, tmp_path):
-    succeed(finetune, *flags["scratch"], "--labels-per-class", 2, "--repeat", 8, "--epochs", 1,
-            "--out", tmp_path / "run")
-    steps, = {state["step"].item() for state in data.load_checkpoint(tmp_path / "run")[
-        "optimizers"][0].values()}
-    assert steps == 2 * 10 * 8 // 32
+def test_other_data_sets_can_be_learned_and_tested_on(flags, runs, data_dir, tmp_path):
+    succeed(finetune, *flags["scratch"], "--dataset", "cifar100", "--out", tmp_path / "run")
+    assert read_model(tmp_path / "run")["head.weight"].shape == (100, 16)
+    status, out, err = run(finetune, "--evaluate", runs["scratch"] / "weights.pt", "--dataset",
+                           "shapes", "--data-dir", data_dir)
+    assert status == 0 and "note: it was trained on cifar10, not on shapes" in err
+    assert "shapes, 2,000 test images" in out
 
 
 def test_settings_are_chosen_on_images_held_out_and_evaluated_on_the_test_images(
-        flags, data_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    held_out = ["--limit", 64, "--validation", 24, "--epochs", 1]
-    out = succeed(pretrain, *flags["pretrain"], *held_out)
-    assert "64 training and 24 validation images" in out
-    out = succeed(finetune, *flags["scratch"], *held_out, "--labels-per-class", 1, "--out", "run")
+        flags, data_dir, tmp_path):
+    out = succeed(finetune, *flags["scratch"], "--limit", 64, "--validation", 24, "--epochs", 1,
+                  "--labels-per-class", 1, "--out", tmp_path / "run")
     assert "10 training and 24 validation images" in out
-    assert "40 test images" in succeed(finetune, "--evaluate", "run", "--data-dir", data_dir)
+    out = succeed(finetune, "--evaluate", tmp_path / "run", "--data-dir", data_dir)
+    assert "40 test images" in out
 
 
 def test_a_run_has_a_folder_whose_name_says_what_it_is(flags, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tail = "cifar10-laptop"
     for name, kind, more in [
-            (f"pretrain-{tail}", "pretrain", []), (f"finetune-{tail}", "finetune", []),
-            (f"scratch-{tail}", "scratch", []), (f"linear-{tail}", "linear", []),
-            (f"pretrain-validation-{tail}", "pretrain", ["--validation", 8]),
-            (f"pretrain-{tail}-64-images", "pretrain", ["--limit", 64])]:
-        start = flags[kind].copy()
-        del start[6:8]                                      # --limit 96
-        succeed(KINDS[kind], *start, *more, "--epochs", 1)
+            ("finetune-cifar10-laptop-96-images", "finetune", []),
+            ("scratch-cifar10-laptop-96-images", "scratch", []),
+            ("linear-cifar10-laptop-96-images", "linear", []),
+            ("scratch-cifar10-laptop-96-images-2-labels", "scratch", ["--labels-per-class", 2]),
+            ("pretrain-validation-cifar10-laptop-96-images", "pretrain", ["--validation", 8])]:
+        succeed(KINDS[kind], *flags[kind], *more, "--epochs", 1)
         assert (tmp_path / "runs" / name / "weights.pt").exists(), name
 
 
 def test_what_a_reader_should_know_of_the_encoder_is_noted(runs, flags, tmp_path):
-    def notes(*more, **settings) -> str:
+    for number, (settings, validation, note) in enumerate([
+            (dict(), 0, ""),
+            (dict(epochs=5), 0, "has done 3 of its 5 epochs"),
+            (dict(), 8, "has seen the validation images, without labels"),
+            (dict(validation=8), 8, ""),
+            (dict(dataset="shapes"), 8, "was pre-trained on shapes, not on cifar10")]):
         checkpoint = data.load_checkpoint(runs["pretrain"])
         checkpoint["settings"] |= settings
-        data.save_checkpoint(tmp_path / "encoder.pt", checkpoint)
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        status, _, err = run(finetune, *flags["finetune"], "--epochs", 1, *more, "--init",
-                             tmp_path / "encoder.pt", "--out", tmp_path / "run")
-        assert status == 0, err
-        return err
-
-    seen = "encoder.pt has seen the validation images, without labels"
-    assert notes() == ""
-    assert "encoder.pt has done 3 of its 5 epochs" in notes(epochs=5)
-    assert seen in notes("--validation", 8)
-    assert seen not in notes("--validation", 8, validation=8)
-    elsewhere = notes("--validation", 8, dataset="shapes")
-    assert "encoder.pt was pre-trained on shapes, not on cifar10" in elsewhere
-    assert seen not in elsewhere
-
-
-def test_cifar100_has_a_hundred_classes(flags, tmp_path):
-    succeed(finetune, *flags["scratch"], "--dataset", "cifar100", "--out", tmp_path / "run")
-    assert read_model(tmp_path / "run")["head.weight"].shape == (100, 16)
+        encoder, out = tmp_path / "encoder.pt", tmp_path / str(number)
+        data.save_checkpoint(encoder, checkpoint)
+        status, _, err = run(finetune, *flags["finetune"], "--epochs", 1, "--validation",
+                             validation, "--init", encoder, "--out", out)
+        assert status == 0 and err == (f"note: {encoder} {note}\n" if note else "")
 
 
 def write_stripes(folder: Path) -> None:
@@ -745,19 +619,15 @@ def test_every_weight_has_its_optimizer_and_weight_decay(optimizer):
     model = tiny_mae()
     settings = argparse.Namespace(optimizer=optimizer, weight_decay=0.05, precision="fp32")
     optimizers = pretrain.make_optimizers(model, settings, (0.9, 0.95))
-    names = ["AdamW"] if optimizer == "adamw" else ["AdamW", "Muon"]
-    assert [type(one).__name__ for one in optimizers] == names
-    places = [(parameter, one, group) for one in optimizers for group in one.param_groups
-              for parameter in group["params"]]
-    found = {id(parameter): (one, group) for parameter, one, group in places}
+    places = [(parameter, type(one).__name__, group["weight_decay"]) for one in optimizers
+              for group in one.param_groups for parameter in group["params"]]
+    found = {id(parameter): where for parameter, *where in places}
     assert len(places) == len(found) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
-        one, group = found[id(parameter)]
         matrix = re.search(r"(qkv|proj|fc1|fc2|embed|head)\.weight$", name)
         assert matrix or re.search(r"(bias|norm\d?\.weight|_token|pos_embed)$", name)
-        assert group["weight_decay"] == (0.05 if matrix else 0)
-        assert (one is optimizers[-1]) == (optimizer == "adamw" or bool(
-            re.search(r"blocks\.\d\.(attn|mlp)\.\w+\.weight", name))), name
+        muon = optimizer == "muon" and re.search(r"blocks\.\d\.(attn|mlp)\.\w+\.weight", name)
+        assert found[id(parameter)] == ["Muon" if muon else "AdamW", 0.05 if matrix else 0], name
 
 
 @pytest.mark.parametrize("dtype, mixed", [(torch.float64, 1e-9), (torch.bfloat16, 0.1)])
@@ -832,34 +702,30 @@ def test_a_step_makes_nothing_on_another_device(recipe, monkeypatch):
     images, labels = torch.zeros(64, 3, 32, 32, dtype=torch.uint8), torch.zeros(64).long()
     dataset = data.Dataset("shapes", list(data.SHAPES), images, labels, images, labels)
     dataset = dataset.to(machine.device)
-
-    def take_step(model, settings, objective, batches) -> None:
+    for kind, recipes, objective in (("pretrain", pretrain.RECIPES, pretrain.masked_loss),
+                                     ("classifier", finetune.RECIPES, finetune.classify)):
+        settings = argparse.Namespace(**recipes.get(recipe, pretrain.RECIPES["full"]) | dict(
+            depth=2, decoder_depth=1, seed=0, batch_size=16, micro_batch_size=8, repeat=1,
+            precision="fp32", dataset="shapes"))
+        model = pretrain.make_model(kind, settings, machine)
+        N = (32 // settings.patch_size) ** 2
+        batches = (pretrain.mae_batches(dataset.train_images, N, 1, settings)
+                   if kind == "pretrain" else
+                   finetune.labelled_batches(dataset, N, 1, settings))
+        _, *muon = optimizers = pretrain.make_optimizers(model, settings, betas=(0.9, 0.95))
         batch = next(batches)
         assert all(tensor.is_meta for tensor in batch)
-        optimizers = pretrain.make_optimizers(model, settings, betas=(0.9, 0.95))
         pretrain.compute_gradient(pretrain.Learner(model, objective, optimizers), batch, settings,
                                   machine)
-        for optimizer in optimizers[1:]:                    # Muon. AdamW, torch's own, refuses meta
+        for optimizer in muon:                              # AdamW, torch's own, refuses meta
             optimizer.step()
-
-    common = dict(depth=2, decoder_depth=1, seed=0, batch_size=16, micro_batch_size=8, repeat=1,
-                  precision="fp32", dataset="shapes")
-    if recipe in pretrain.RECIPES:
-        settings = argparse.Namespace(**pretrain.RECIPES[recipe] | common)
-        model = pretrain.make_model("pretrain", settings, machine)
-        take_step(model, settings, pretrain.masked_loss, pretrain.mae_batches(
-            dataset.train_images, model.encoder.num_patches, 1, settings))
-    settings = argparse.Namespace(**finetune.RECIPES[recipe] | common)
-    model = pretrain.make_model("classifier", settings, machine)
-    take_step(model, settings, finetune.classify,
-              finetune.labelled_batches(dataset, model.num_patches, 1, settings))
 
 
 def test_a_seed_fixes_the_run_and_another_seed_changes_it(runs, flags, tmp_path):
-    succeed(pretrain, *flags["pretrain"], "--out", tmp_path / "again")
-    assert_same_run(runs["pretrain"], tmp_path / "again")
-    succeed(pretrain, *flags["pretrain"], "--seed", 1, "--out", tmp_path / "other")
-    assert read_log(tmp_path / "other") != read_log(runs["pretrain"])
+    for seed in (0, 1):
+        succeed(pretrain, *flags["pretrain"], "--seed", seed, "--out", tmp_path / str(seed))
+    assert_same_run(runs["pretrain"], tmp_path / "0")
+    assert read_log(tmp_path / "1") != read_log(runs["pretrain"])
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "scratch"])
@@ -888,18 +754,14 @@ def test_cuda_computes_what_the_cpu_does(kind, runs, flags, tmp_path):
 # ------------------------------------------------------------------------------ interruption
 
 
-class Killed(BaseException):
-    """Ends a program at once, as a signal would."""
-
-
 @contextlib.contextmanager
 def after_each_write(action):
-    """action(number, path) is called after each file that a program writes, counted from 0."""
-    write, numbers = data.write_file, itertools.count()
+    """action(path) is called after each file that a program writes."""
+    write = data.write_file
 
     def write_then_act(path, content) -> None:
         write(path, content)
-        action(next(numbers), Path(path))
+        action(Path(path))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "write_file", write_then_act)
@@ -907,17 +769,15 @@ def after_each_write(action):
 
 
 def run_until(stop, program, *flags) -> bool:
-    """Whether stop(number, path) became true after a write, at which the program was killed."""
-    def act(number: int, path: Path) -> None:
-        if stop(number, path):
-            raise Killed
+    """Whether stop(path) became true after a file was written, at which the program was killed."""
+    def act(path: Path) -> None:
+        if stop(path):
+            raise KeyboardInterrupt                         # nothing in the programs catches it
 
-    with after_each_write(act):
-        try:
-            succeed(program, *flags)
-        except Killed:
-            return True
-    return False
+    with after_each_write(act), contextlib.suppress(KeyboardInterrupt):
+        succeed(program, *flags)
+        return False
+    return True
 
 
 @pytest.mark.parametrize("kind, more", [
@@ -925,25 +785,16 @@ def run_until(stop, program, *flags) -> bool:
     ("linear", ["--checkpoint-every", 2])])
 def test_a_run_killed_after_any_file_ends_bit_for_bit_as_the_unbroken_one(
         kind, more, flags, runs, tmp_path):
-    for last in itertools.count():
-        out = tmp_path / str(last)
-        killed = run_until(lambda number, _: number == last, KINDS[kind], *flags[kind], *more,
+    """Before its first checkpoint, too: then it begins anew with the settings that it had."""
+    killed, count = True, 0
+    while killed:
+        out, writes = tmp_path / str(count), itertools.count()
+        killed = run_until(lambda _: next(writes) == count, KINDS[kind], *flags[kind], *more,
                            "--out", out)
         succeed(KINDS[kind], "--out", out, "--resume")
         assert_same_run(out, runs[kind])
-        if not killed:
-            break
-    assert last > 6
-
-
-def test_a_run_killed_before_its_first_checkpoint_begins_anew_with_its_settings(flags, tmp_path):
-    for name in ("unbroken", "killed"):
-        stop = {"unbroken": "nothing", "killed": "log.csv"}[name]
-        run_until(lambda _, path: path.name == stop, pretrain, *flags["pretrain"], "--seed", 5,
-                  "--checkpoint-every", 3, "--out", tmp_path / name)
-    assert not (tmp_path / "killed" / "checkpoint.pt").exists()
-    succeed(pretrain, "--out", tmp_path / "killed", "--resume")
-    assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
+        count += 1
+    assert count > 7
 
 
 @pytest.mark.parametrize("kind, how", [("pretrain", "--compile"), ("pretrain", "--precision bf16"),
@@ -952,24 +803,21 @@ def test_a_resumed_run_computes_as_before_wherever_it_is_resumed(
         kind, how, flags, runs, data_dir, tmp_path, monkeypatch):
     """Compiled or in bfloat16, with the data set in a folder that was named from elsewhere."""
     monkeypatch.chdir(data_dir.parent)
-    start = [*flags[kind], "--data-dir", data_dir.name, "--device", "auto", *how.split()]
-    if torch.cuda.is_available():
-        start += ["--device", "cpu"]
-    status, _, err = run(KINDS[kind], *start, "--out", tmp_path / "unbroken")
+    start = [*flags[kind], "--data-dir", data_dir.name, *how.split(), "--out"]
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    status, _, err = run(KINDS[kind], *start, unbroken)
     if "--compile: torch.compile does not work here" in err:
         pytest.skip("torch.compile does not work here")
     assert status == 0, err
-    assert run_until(lambda _, path: path.name == "log.csv", KINDS[kind], *start,
-                     "--out", tmp_path / "killed")
-    before = read_settings(tmp_path / "killed")
+    assert run_until(lambda path: path.name == "log.csv", KINDS[kind], *start, killed)
+    before = read_settings(killed)
     monkeypatch.chdir(tmp_path)
     succeed(KINDS[kind], "--out", "killed", "--resume")
-    assert read_settings(tmp_path / "killed") == before
-    assert before["device"] == "cpu" and before["data_dir"] == str(data_dir)
+    assert read_settings(killed) == before and before["data_dir"] == str(data_dir)
     assert before["compile"] == (how == "--compile")
     assert before["precision"] == ("bf16" if "bf16" in how else "fp32")
-    assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
-    assert_close_logs(tmp_path / "killed", runs[kind], 1e-3 if how == "--compile" else 0.03)
+    assert_same_run(killed, unbroken)
+    assert_close_logs(killed, runs[kind], 1e-3 if how == "--compile" else 0.03)
 
 
 def test_more_epochs_can_be_asked_for_and_what_the_schedule_does_is_said(runs, tmp_path):
@@ -987,11 +835,10 @@ def test_more_epochs_can_be_asked_for_and_what_the_schedule_does_is_said(runs, t
 @pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])
 def test_a_run_whose_folder_is_taken_away_ends_and_leaves_another_run_alone(
         replaced, flags, runs, tmp_path):
-    out, written, after = tmp_path / "run", set(), []
+    out, after = tmp_path / "run", []
 
-    def take_away(_, path: Path) -> None:
-        written.add(path.name)
-        if {"log.csv", "checkpoint.pt"} <= written and not after:   # the end of the first epoch
+    def take_away(path: Path) -> None:
+        if path.name == "checkpoint.pt" and not after:      # the end of the first epoch
             after.append("begun")
             shutil.rmtree(out)
             if replaced:
@@ -1000,37 +847,27 @@ def test_a_run_whose_folder_is_taken_away_ends_and_leaves_another_run_alone(
 
     with after_each_write(take_away):
         status, _, err = run(pretrain, *flags["pretrain"], "--out", out)
-    assert status == 2
+    assert status == 2 and snapshot(tmp_path) == after[1]
     assert err == f"error: {out} was deleted or replaced while its run was going on\n"
-    assert snapshot(tmp_path) == after[1]
-    if replaced:
-        assert_same_run(out, runs["scratch"])
 
 
 # What follows runs in processes of its own.
 
 
 def run_in_child(module: str, flags: list[str], output: str, environment: dict[str, str],
-                 source: data.Source | None, at: tuple[str, int, int] | None,
-                 file_size: int | None) -> None:
+                 at: tuple[str, int] | None) -> None:
     torch.set_num_threads(1)
     os.environ.pop("COLUMNS", None)
     os.environ.update(environment)
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o600)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    data.SOURCES["cifar10"] = source or data.SOURCES["cifar10"]
-    if file_size:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    write, count = data.write_file, itertools.count(1)
 
-    def raise_signal_and_write(path, content) -> None:
-        if at and Path(path).name == at[0] and next(count) == at[1]:
-            os.kill(os.getpid(), at[2])
-        write(path, content)
+    def raise_signal(path: Path) -> None:
+        if at and path.name == at[0]:
+            os.kill(os.getpid(), at[1])
 
-    data.write_file = raise_signal_and_write
-    with data.exit_on_bad_input():
+    with after_each_write(raise_signal), data.exit_on_bad_input():
         sys.modules[module].main(flags)
 
 
@@ -1039,25 +876,20 @@ def start(tmp_path_factory):
     """start(program, *flags) -> a process that runs a program, forked from one that has imported
     torch already; `process.output` is the file with all that it prints.
 
-    at: (name of a file, which time, signal): the process sends itself a signal before it writes it.
-    source: where CIFAR-10 is. file_size: no file may become larger.
+    at: (name of a file, signal): the process sends itself a signal after it has written it.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "test_mae"])
-    folder, count, processes = tmp_path_factory.mktemp("output"), itertools.count(), []
-    warm_up = context.Process(target=int)
-    warm_up.start()
-    warm_up.join()
+    context.Process(target=int).start()                     # or else the first one would take long
+    folder, processes = tmp_path_factory.mktemp("output"), []
 
     def start(program, *flags, output: str | None = None, environment: dict | None = None,
-              source: data.Source | None = None, at: tuple | None = None,
-              file_size: int | None = None):
-        output = output or folder / str(next(count))
+              at: tuple | None = None):
+        output = Path(output or folder / str(len(processes)))
         process = context.Process(target=run_in_child, args=(
-            program.__name__, [str(flag) for flag in flags], str(output), environment or {}, source,
-            at, file_size))
+            program.__name__, [str(flag) for flag in flags], str(output), environment or {}, at))
         process.start()
-        process.output = Path(output)
+        process.output = output
         processes.append(process)
         return process
     yield start
@@ -1087,26 +919,23 @@ def test_a_run_killed_at_many_random_moments_ends_as_the_unbroken_one(flags, tmp
     flags = [*flags["pretrain"], "--epochs", 5, "--picture-every", 2]
     began = time.monotonic()
     succeed_in_child(start(pretrain, *flags, "--out", tmp_path / "unbroken"))
-    length, rng, kills, out = time.monotonic() - began, random.Random(0), 0, tmp_path / "killed"
-    while kills < 8:
+    length, rng, out = time.monotonic() - began, random.Random(0), tmp_path / "killed"
+    for seconds in [*(rng.uniform(0.1, 0.6) * length for _ in range(8)), 120]:
         resume = (out / "config.json").exists()
         process = start(pretrain, *(["--resume"] if resume else flags), "--out", out)
-        process.join(rng.uniform(0.1, 0.6) * length)
+        process.join(seconds)
         if process.exitcode is None:
             end(process)
-            kills += 1
-        else:                                               # it was faster
+        else:                                               # at its end, once or several times
             succeed_in_child(process)
             assert_same_run(tmp_path / "unbroken", out)
             shutil.rmtree(out)
-    resume = (out / "config.json").exists()
-    succeed_in_child(start(pretrain, *(["--resume"] if resume else flags), "--out", out))
-    assert_same_run(tmp_path / "unbroken", out)
+    assert not out.exists()
 
 
 def test_no_other_program_can_write_to_the_folder_of_a_running_one(flags, tmp_path, start):
     out = tmp_path / "run"
-    process = start(pretrain, *flags["pretrain"], "--out", out, at=("log.csv", 2, signal.SIGSTOP))
+    process = start(pretrain, *flags["pretrain"], "--out", out, at=("log.csv", signal.SIGSTOP))
     wait_for(lambda: is_stopped(process))
     (out / "checkpoint.pt").write_bytes(b"not to be read before the folder is free")
     for program, command in ((pretrain, flags["pretrain"]), (finetune, flags["scratch"]),
@@ -1121,46 +950,28 @@ def is_stopped(process) -> bool:
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
-def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(runs, tmp_path, start):
-    out = tmp_path / "run"
-    shutil.copytree(runs["pretrain"], out)
-    before = (out / "checkpoint.pt").read_bytes()
-    process = start(pretrain, "--out", out, "--resume", "--epochs", 9, "--picture-every", 100,
-                    file_size=len(before) // 2)
-    process.join(60)
-    assert process.exitcode == 2
-    assert f"error: {out / 'checkpoint.pt'}: File too large" in process.output.read_text()
+def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(runs, tmp_path):
+    out = shutil.copytree(runs["pretrain"], tmp_path / "run")
+    before, limits = (out / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        status, _, err = run(pretrain, "--out", out, "--resume", "--epochs", 9, "--picture-every",
+                             100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and err == f"error: {out / 'checkpoint.pt'}: File too large\n"
     assert (out / "checkpoint.pt").read_bytes() == before
     assert not list(out.rglob(".*"))
 
 
-@pytest.fixture
-def terminal():
-    """A terminal of 80 columns: the file to write to, and what has been written so far."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    shown = bytearray()
-
-    def read() -> None:
-        with contextlib.suppress(OSError):                  # the terminal was closed
-            while content := os.read(master, 4096):
-                shown.extend(content)
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    yield os.ttyname(slave), shown
-    os.close(slave)
-    thread.join(10)
-    os.close(master)
-
-
 @pytest.mark.parametrize("kind, begin", [("pretrain", "epoch "), ("linear", "computing features ")])
 def test_progress_is_one_line_of_a_terminal_that_tells_the_time_left(
-        kind, begin, flags, runs, tmp_path, start, terminal):
-    file, shown = terminal
-    if kind == "pretrain":
-        more = ["--epochs", 10_000]
-    else:                                                   # an encoder that takes its time
+        kind, begin, flags, runs, tmp_path, start):
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 80))
+    os.set_blocking(master, False)
+    shown, more = bytearray(), ["--epochs", 10_000]
+    if kind == "linear":                                    # an encoder that takes its time
         checkpoint = data.load_checkpoint(runs["pretrain"])
         checkpoint["settings"] |= dict(patch_size=2, dim=64, depth=4)
         checkpoint["model"] = data.build_model("pretrain", checkpoint["settings"]).state_dict()
@@ -1168,9 +979,12 @@ def test_progress_is_one_line_of_a_terminal_that_tells_the_time_left(
         more = ["--init", tmp_path / "encoder.pt", "--dataset", "shapes", "--limit", 10_000]
 
     def lines() -> list[str]:
+        with contextlib.suppress(BlockingIOError):          # nothing new yet
+            shown.extend(os.read(master, 4096))
         return re.findall(r"([^\r\n]*)\x1b\[K\r", bytes(shown).decode())
 
-    process = start(KINDS[kind], *flags[kind], *more, "--out", tmp_path / "run", output=file)
+    process = start(KINDS[kind], *flags[kind], *more, "--out", tmp_path / "run",
+                    output=os.ttyname(slave))
     wait_for(lambda: len(lines()) > 1)
     end(process)
     for line in lines():
@@ -1212,64 +1026,48 @@ def test_a_closed_pipe_ends_a_program_without_a_traceback(flags, tmp_path):
 # ------------------------------------------------------------------------------ several processes
 
 
-@pytest.fixture
-def start_two(start):
-    """start_two(program, *flags) -> the two processes of a run, the main one first."""
-    def start_two(program, *flags, at: tuple | None = None) -> list:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        return [start(program, *flags, at=at, environment=dict(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port))) for rank in range(2)]
-    return start_two
+def start_two(start, program, *flags, at: tuple | None = None) -> list:
+    """The two processes of a run, the main one first. `start`: the fixture."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return [start(program, *flags, at=at, environment=dict(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port))) for rank in range(2)]
 
 
 def test_torchrun_starts_processes_that_compute_what_one_does(flags, runs, tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               pretrain.__file__, *flags["pretrain"], "--out", tmp_path / "two"]
-    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=150)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("epoch 1/") == 1             # only one of them prints
+    process = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+                     pretrain.__file__, *flags["pretrain"], "--out", tmp_path / "two")
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == 0 and out.count("epoch 1/") == 1, err     # only one of them prints
     assert_close_logs(tmp_path / "two", runs["pretrain"], 1e-3)
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune", "linear"])
 def test_two_processes_share_batches_of_any_size_and_can_be_resumed(
-        kind, flags, tmp_path, start_two):
+        kind, flags, tmp_path, start):
     flags = [*flags[kind], "--batch-size", 31, "--micro-batch-size", 7]
     one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
     succeed(KINDS[kind], *flags, "--out", one)
-    for process in start_two(KINDS[kind], *flags, "--out", two):
-        succeed_in_child(process)
-    assert_close_logs(one, two, 1e-3)
-    torch.testing.assert_close(read_model(one), read_model(two), rtol=1e-2, atol=1e-4)
-
-    main, other = start_two(KINDS[kind], *flags, "--out", resumed,
-                            at=("log.csv", 2, signal.SIGKILL))
-    main.join(120)
-    assert main.exitcode == -signal.SIGKILL
-    end(other)
-    for process in start_two(KINDS[kind], "--out", resumed, "--resume"):
-        succeed_in_child(process)
-    assert_same_run(two, resumed)
-
-
-@pytest.mark.parametrize("kind", ["pretrain", "finetune", "linear"])
-def test_two_processes_leave_together_and_end_well_every_time(kind, flags, tmp_path, start_two):
-    """One that leaves while the other is still writing can end in an abort."""
-    for i in range(4):
-        for process in start_two(KINDS[kind], *flags[kind], "--out", tmp_path / str(i)):
-            succeed_in_child(process)
-    main, other = start_two(KINDS[kind], *flags[kind], "--out", tmp_path / "slow",
-                            at=("curves.png", 1, signal.SIGSTOP))
+    main, other = start_two(start, KINDS[kind], *flags, "--out", two,
+                            at=("curves.png", signal.SIGSTOP))
     wait_for(lambda: is_stopped(main))
-    other.join(1)
-    assert other.exitcode is None
+    other.join(1)                       # one that leaves while the other is still writing can end
+    assert other.exitcode is None       # in an abort
     os.kill(main.pid, signal.SIGCONT)
     succeed_in_child(main)
     succeed_in_child(other)
+    assert_close_logs(one, two, 1e-3)
+    torch.testing.assert_close(read_model(one), read_model(two), rtol=1e-2, atol=1e-4)
+
+    main, other = start_two(start, KINDS[kind], *flags, "--out", resumed, "--checkpoint-every", 1,
+                            at=("checkpoint.pt", signal.SIGKILL))
+    main.join(120)
+    assert main.exitcode == -signal.SIGKILL
+    end(other)
+    for process in start_two(start, KINDS[kind], "--out", resumed, "--resume"):
+        succeed_in_child(process)
+    assert_same_run(two, resumed)
 
 
 # ------------------------------------------------------------------------------ bad input
@@ -1306,63 +1104,44 @@ def test_a_number_is_within_its_range(number, good, bad):
 BAD_INPUT = [
     (pretrain, "--epochs 0", "--epochs: '0' is not a whole number of at least 1"),
     (pretrain, "--mask-ratio 1", "--mask-ratio: '1' is not a number above 0 and below 1"),
-    (pretrain, "--base-lr 1e300", "--base-lr"),
-    (pretrain, "--batch-size 0", "--batch-size"),
-    (pretrain, "--micro-batch-size 0", "--micro-batch-size"),
-    (pretrain, "--checkpoint-every 0", "--checkpoint-every"),
-    (pretrain, "--seed -1", "--seed"),
-    (pretrain, "--device tpu", "--device"),
-    (pretrain, "--recipe best", "--recipe"),
+    (pretrain, "--base-lr nan", "--base-lr: 'nan' is not a number above 0 and below 1000"),
     (pretrain, "--epoch 3", "unrecognized arguments: --epoch 3"),
     (pretrain, "--epochs 2 --warmup-epochs 3", "--warmup-epochs 3 is longer than --epochs 2"),
-    (pretrain, "--patch-size 16 --mask-ratio 0.95", "leaves no visible patch out of 4"),
-    (pretrain, "--patch-size 16 --mask-ratio 0.05", "leaves no masked patch out of 4"),
     (pretrain, "--patch-size 5", "patch size 5 does not divide an image of 32 x 32"),
-    (pretrain, "--heads 3", "a width of 16 is not divisible by 3 heads"),
-    (pretrain, "--decoder-heads 3", "a width of 16 is not divisible by 3 heads"),
     (pretrain, "--limit 201", "--limit 201: only 200 training images"),
     (pretrain, "--validation 200", "--validation 200: cifar10 has 200 training images"),
     (pretrain, "--data-dir {data}/cifar-10-batches-bin", "is the folder of CIFAR-10 itself"),
     (pretrain, "--benchmark --out {empty}/x", "--benchmark leaves no run"),
     (pretrain, "--out {empty}/file/run", "file/run: Not a directory"),
-    (pretrain, "--out {empty}/file", "file: File exists"),
     (pretrain, "--out {runs}/finetune", "{runs}/finetune already holds a run"),
     (pretrain, "--resume", "--resume needs --out RUN"),
     (pretrain, "--resume --out {empty}", "{empty} does not hold a run"),
     (pretrain, "--resume --out {runs}/finetune", "settings of a run of pretrain.py"),
     (pretrain, "--resume --out {runs}/pretrain --dim 32", "--dim: the run in"),
     (pretrain, "--resume --out {runs}/pretrain --epochs 2", "--epochs: the run in"),
-    (pretrain, "--resume --out {runs}/pretrain --norm-pix-loss", "--norm-pix-loss: the run in"),
-    (pretrain, "--resume --out {runs}/pretrain --limit 200", "--limit: the run in"),
-    (finetune, "--mask-ratio 1", "mask ratio 1.0 is not between 0 and 1"),
+    (pretrain, "--resume --out {runs}/pretrain --data-dir {data}/other",
+     "trained and tested on [96, 40] images"),
     (finetune, "--labels-per-class 5000", "only 10 of the 96 training images"),
-    (finetune, "--init {empty}/nothing.pt", "{empty}/nothing.pt: No such file"),
     (finetune, "--init {empty}", "{empty}/checkpoint.pt: No such file"),
+    (finetune, "--init {empty}/file", "file is not a checkpoint, or it is damaged"),
     (finetune, "--init {runs}/finetune", "from pretrain.py is needed"),
-    (finetune, "--init {runs}/pretrain --dim 32", "--dim"),
-    (finetune, "--init {runs}/pretrain --depth 2", "--depth"),
-    (finetune, "--out {runs}/pretrain", "{runs}/pretrain already holds a run"),
-    (finetune, "--resume --out {runs}/finetune --no-mix", "--mix: the run in"),
+    (finetune, "--init {runs}/pretrain --dim 32", "--dim: the encoder of"),
     (finetune, "--resume --out {runs}/finetune --mode linear", "--mode: the run in"),
-    (finetune, "--resume --out {runs}/pretrain", "settings of a run of finetune.py"),
     (finetune, "--mode linear", "--mode linear needs --init"),
     *((finetune, f"--mode linear --init {{runs}}/pretrain {flag}", flag.split()[0])
-      for flag in ("--augment flip", "--mask-ratio 0.5", "--mix", "--optimizer muon", "--repeat 2",
-                   "--layer-decay 0.5", "--benchmark")),
+      for flag in ("--augment flip", "--mix", "--layer-decay 0.5", "--repeat 2", "--benchmark")),
+    (finetune, "--evaluate {empty}/file", "file is not a checkpoint, or it is damaged"),
     (finetune, "--evaluate {runs}/pretrain", "from finetune.py is needed"),
     (finetune, "--evaluate {runs}/finetune --dataset cifar100", "distinguishes 10 classes"),
-    (finetune, "--evaluate {runs}/finetune --epochs 3", "unrecognized arguments: --epochs 3"),
     (visualize, "--out {empty}/x.jpg", "must end in .png"),
     (visualize, "reconstruct {empty}/x.png --out {empty}/x.png", "is one of the pictures to read"),
-    (visualize, "reconstruct --checkpoint {runs}/finetune", "from pretrain.py is needed"),
+    (visualize, "reconstruct --checkpoint {empty}/file", "is not a checkpoint, or it is damaged"),
     (visualize, "reconstruct --checkpoint {runs}/pretrain --indices 40", "numbered 0 to 39"),
     (visualize, "reconstruct --checkpoint {runs}/pretrain --mask-ratio 0.99", "leaves no visible"),
     (visualize, "attention --checkpoint {runs}/pretrain --block 3", "--block 3: the encoder has 1"),
     (visualize, "attention --checkpoint {runs}/pretrain --patch 4,0", "--patch needs ROW,COLUMN"),
     (visualize, "timeline {runs}/finetune", "has no epoch-*.npy"),
     (visualize, "curves {runs}/finetune --metric loss", "choose from cross-entropy, accuracy, lr"),
-    (visualize, "curves {empty}/nothing", "{empty}/nothing: No such file"),
-    (visualize, "portrait", "portrait"),
 ]
 
 
@@ -1375,7 +1154,7 @@ def test_bad_input_is_one_line_and_harms_nothing(program, command, message, runs
     names = dict(runs=runs["pretrain"].parent, data=data_dir, empty=tmp_path)
     command = shlex.split(command.format(**names))
     if program is not visualize and not {"--resume", "--evaluate"} & set(command):
-        init = "--init" in command and "nothing" not in str(command)
+        init = "--init" in command
         base = flags["pretrain" if program is pretrain else "finetune" if init else "scratch"]
         command = [*base[:-1], *command] if init else [*base, *command]     # without --mix
     elif {"--evaluate", "reconstruct", "attention"} & set(command):
@@ -1392,52 +1171,36 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(flags, 
     assert all(value.isfinite().all() for value in read_model(tmp_path / "run").values())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
-def test_a_device_that_is_not_there(flags, tmp_path):
-    assert_bad_input(tmp_path, "--device cuda: torch finds no such device here", pretrain,
-                     *flags["pretrain"], "--device", "cuda", "--out", tmp_path / "run")
-
-
-@pytest.mark.parametrize("allocate", [
-    lambda: np.empty((2**30, 2**20)), lambda: torch.empty(2**30, 2**20),
-    lambda: bytearray(2**62)], ids=["numpy", "torch", "python"])
-def test_too_little_memory_is_one_line(allocate, capsys):
-    with pytest.raises(SystemExit) as stop, data.exit_on_bad_input():
-        allocate()
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: out of memory") and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("text", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"])
-def test_too_little_memory_of_a_gpu_is_one_line_and_other_faults_keep_their_traceback(text):
-    with pytest.raises(SystemExit), data.exit_on_bad_input():
-        raise RuntimeError(text)
-    for fault in (RuntimeError("of ours"), ValueError("of ours"), KeyError("of ours")):
-        with pytest.raises(type(fault)), data.exit_on_bad_input():
-            raise fault
-
-
-def test_a_compiler_that_does_not_work(flags, tmp_path, monkeypatch):
+def test_a_device_or_a_compiler_that_is_not_there(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: 1 / 0)
-    assert_bad_input(tmp_path, "--compile: torch.compile does not work here: division by zero",
-                     pretrain, *flags["pretrain"], "--compile", "--out", tmp_path / "run")
+    for flag, message in (("--device=cuda", "--device cuda: torch finds no such device here"),
+                          ("--compile", "torch.compile does not work here: division by zero")):
+        assert_bad_input(tmp_path, message, pretrain, *flags["pretrain"], flag, "--out",
+                         tmp_path / "run")
 
 
-DATA_FAULTS = {         # what data_batch_3.bin is -> its content, or None if it is missing; message
-    "missing": (lambda good: None, "No such file"),
-    "empty": (lambda good: b"", "has 0 bytes"),
-    "truncated": (lambda good: good[:-100], "not a whole number of 3,073-byte CIFAR-10 records"),
-    "a byte too long": (lambda good: good + b"!", "not a whole number"),
-    "mislabelled": (lambda good: good[:3 * 3073] + b"\12" + good[3 * 3073 + 1:],
-                    "record 3 has label 10"),
-    "a web page": (lambda good: b"<html><h1>Moved</h1></html>", "has 27 bytes"),
-    "of CIFAR-100": (lambda good: bytes(3074 * 20), "not a whole number"),
-}
+def test_too_little_memory_is_one_line_and_other_faults_keep_their_traceback(capsys):
+    def fail(fault: Exception) -> None:
+        raise fault
+
+    for allocate in (lambda: np.empty((2**30, 2**20)), lambda: torch.empty(2**30, 2**20),
+                     lambda: fail(RuntimeError("CUDA error: out of memory")),
+                     lambda: fail(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"))):
+        with pytest.raises(SystemExit, match="2"), data.exit_on_bad_input():
+            allocate()
+        err = capsys.readouterr().err
+        assert err.startswith("error: out of memory") and err.count("\n") == 1
+    with pytest.raises(RuntimeError, match="of ours"), data.exit_on_bad_input():
+        fail(RuntimeError("of ours"))
 
 
-@pytest.mark.parametrize("fault", DATA_FAULTS)
-def test_data_files_that_cannot_be(fault, data_dir, tmp_path, flags):
-    damage, message = DATA_FAULTS[fault]
+@pytest.mark.parametrize("damage, message", [
+    (lambda good: None, "No such file"),
+    (lambda good: b"", "has 0 bytes"),
+    (lambda good: good[:-100], "not a whole number of 3,073-byte CIFAR-10 records"),
+    (lambda good: good[:3 * 3073] + b"\12" + good[3 * 3073 + 1:], "record 3 has label 10")])
+def test_data_files_that_cannot_be(damage, message, data_dir, tmp_path, flags):
     folder = shutil.copytree(data_dir / "cifar-10-batches-bin", tmp_path / "cifar-10-batches-bin")
     file = folder / "data_batch_3.bin"
     content = damage(file.read_bytes())
@@ -1448,127 +1211,74 @@ def test_data_files_that_cannot_be(fault, data_dir, tmp_path, flags):
         assert str(file) in run(pretrain, *command)[2]
 
 
-def test_a_run_is_not_resumed_with_other_images(runs, tmp_path):
-    shutil.copytree(runs["pretrain"], tmp_path / "run")
-    write_records("cifar10", tmp_path / "other", count=18)
-    assert_bad_input(tmp_path, "--limit 96: only 90", pretrain, "--out", tmp_path / "run",
-                     "--resume", "--data-dir", tmp_path / "other")
-    write_records("cifar10", tmp_path / "other", count=30)
-    assert_bad_input(tmp_path, "trained and tested on [96, 40] images", pretrain, "--out",
-                     tmp_path / "run", "--resume", "--data-dir", tmp_path / "other")
-
-
-# Downloads.
-
-
 @pytest.fixture
-def server():
-    """A web server on 127.0.0.1; server.answer(handler) decides what it says."""
+def server(data_dir, tmp_path_factory, monkeypatch):
+    """A web server on 127.0.0.1 in the place of CIFAR-10's. server.archive: what it should send;
+    server.answer: the status and content that it does send, and seconds until it hangs up."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.server.answer(self)
+            status, content, seconds = server.answer
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(server.archive)))
+            self.end_headers()
+            self.wfile.write(content)
+            time.sleep(seconds)
 
         def log_message(self, *_):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        file = shutil.make_archive(tmp_path_factory.mktemp("archive") / "cifar", "gztar", data_dir,
+                                   "cifar-10-batches-bin")
+        server.archive = Path(file).read_bytes()
         threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setitem(data.SOURCES, "cifar10", replace(
+            data.SOURCES["cifar10"], md5=hashlib.md5(server.archive).hexdigest(),
+            url=f"http://127.0.0.1:{server.server_port}/cifar.tar.gz"))
         yield server
         server.shutdown()
 
 
-def answer_with(content: bytes, length: int | None = None, status: int = 200,
-                wait: threading.Event | None = None):
-    """Send the content and then, if `wait` is given, wait for that before closing."""
-    def answer(handler) -> None:
-        with contextlib.suppress(OSError):
-            handler.send_response(status)
-            handler.send_header("Content-Length", str(length or len(content)))
-            handler.end_headers()
-            handler.wfile.write(content)
-            handler.wfile.flush()
-            if wait:
-                wait.wait(60)
-    return answer
-
-
-@pytest.fixture(scope="session")
-def archive(data_dir) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        tar.add(data_dir / "cifar-10-batches-bin", "cifar-10-batches-bin")
-    return buffer.getvalue()
-
-
-def cifar10_at(server, archive: bytes) -> data.Source:
-    """CIFAR-10, to be downloaded from a server of ours."""
-    return replace(data.SOURCES["cifar10"], md5=hashlib.md5(archive).hexdigest(),
-                   url=f"http://127.0.0.1:{server.server_port}/cifar.tar.gz")
-
-
-@pytest.mark.parametrize("fault", ["refused", "404", "cut off", "wrong checksum"])
+@pytest.mark.parametrize("fault", ["404", "cut off", "wrong checksum"])
 def test_downloads_that_fail_leave_nothing_and_a_second_try_succeeds(
-        fault, server, archive, data_dir, tmp_path, flags, monkeypatch):
-    source = cifar10_at(server, archive)
-    bad = replace(source, url="http://127.0.0.1:9/x.tar.gz") if fault == "refused" else source
-    server.answer = {"404": answer_with(b"gone", status=404),
-                     "cut off": answer_with(archive[:len(archive) // 2], length=len(archive)),
-                     "refused": None,
-                     "wrong checksum": answer_with(archive[:-1] + b"!")}[fault]
-    monkeypatch.setitem(data.SOURCES, "cifar10", bad)
+        fault, server, data_dir, tmp_path, flags):
+    server.answer = {"404": (404, b"gone", 0), "cut off": (200, server.archive[:-99], 0),
+                     "wrong checksum": (200, server.archive[:-1] + b"!", 0)}[fault]
     command = [*flags["pretrain"], "--data-dir", tmp_path / "data", "--out", tmp_path / "run"]
-    assert_bad_input(tmp_path, "http://127.0.0.1:", pretrain, *command)
+    assert_bad_input(tmp_path, data.SOURCES["cifar10"].url, pretrain, *command)
     assert not list((tmp_path / "data").iterdir())
 
-    server.answer = answer_with(archive)
-    monkeypatch.setitem(data.SOURCES, "cifar10", source)
+    server.answer = 200, server.archive, 0
     succeed(pretrain, *command)
-    assert snapshot(tmp_path / "data") == {
-        name: content for name, content in snapshot(data_dir).items()
-        if name.startswith("cifar-10-batches-bin")}
+    assert (snapshot(tmp_path / "data" / "cifar-10-batches-bin")
+            == snapshot(data_dir / "cifar-10-batches-bin"))
 
 
-def test_a_server_that_falls_silent_is_not_waited_for(server, tmp_path):
-    silence = threading.Event()
-    server.answer = answer_with(b"the first bytes", length=1000, wait=silence)
-    with pytest.raises(OSError, match="timed out"):
-        data.fetch(f"http://127.0.0.1:{server.server_port}", tmp_path / "file", timeout=0.3)
-    silence.set()
-
-
-def test_a_killed_download_leaves_nothing_after_the_next_program(
-        server, archive, tmp_path, flags, start, monkeypatch):
-    source, silence = cifar10_at(server, archive), threading.Event()
-    command = [*flags["pretrain"], "--data-dir", tmp_path / "data", "--out", tmp_path / "run"]
-    server.answer = answer_with(archive[:-9], length=len(archive), wait=silence)
-    process = start(pretrain, *command, source=source)
-    wait_for(lambda: any(path.is_file() and path.stat().st_size
-                         for path in (tmp_path / "data").rglob("*")))
+def test_a_killed_download_leaves_nothing_after_the_next_program(server, tmp_path):
+    folder, source = tmp_path / "data", data.SOURCES["cifar10"]
+    server.answer = 200, server.archive[:-9], 60
+    process = multiprocessing.get_context("forkserver").Process(target=data.download,
+                                                                args=(source, folder))
+    process.start()
+    wait_for(lambda: any(path.is_file() and path.stat().st_size for path in folder.rglob("*")))
     end(process)
-    silence.set()
-    assert len(list((tmp_path / "data").iterdir())) == 1    # what was killed
-    server.answer = answer_with(archive)
-    monkeypatch.setitem(data.SOURCES, "cifar10", source)
-    succeed(pretrain, *command)
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-batches-bin"]
+    assert len(list(folder.iterdir())) == 1                 # what was killed
+    server.answer = 200, server.archive, 0
+    data.download(source, folder)
+    assert [path.name for path in folder.iterdir()] == ["cifar-10-batches-bin"]
 
 
 def test_auto_falls_back_to_shapes_loudly_and_says_so_everywhere(
         tmp_path, data_dir, flags, monkeypatch):
     source = replace(data.SOURCES["cifar10"], url="http://127.0.0.1:9/x.tar.gz")
     monkeypatch.setitem(data.SOURCES, "cifar10", source)
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(data_dir / "shapes", tmp_path / "data" / "shapes")
-    status, out, err = run(pretrain, *flags["pretrain"], "--dataset", "auto", "--data-dir", "data",
-                           "--epochs", 1)
+    shutil.copytree(data_dir / "shapes", tmp_path / "shapes")
+    command = [*flags["pretrain"], "--data-dir", tmp_path, "--out", tmp_path / "run"]
+    assert_bad_input(tmp_path, f"cannot download {source.url}", pretrain, *command)
+    status, out, err = run(pretrain, *command, "--dataset", "auto", "--epochs", 1)
     assert status == 0 and "CIFAR-10 IS NOT HERE" in err and "data       shapes" in out
-    assert read_settings(tmp_path / "runs/pretrain-shapes-laptop-96-images")["dataset"] == "shapes"
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["shapes"]
-    assert_bad_input(tmp_path, "cannot download", pretrain, *flags["pretrain"], "--dataset",
-                     "cifar10", "--data-dir", "data", "--out", "run")
-
-
-# Checkpoints.
+    assert read_settings(tmp_path / "run")["dataset"] == "shapes"
+    assert {path.name for path in tmp_path.iterdir()} == {"shapes", "run"}
 
 
 class Evil:
@@ -1578,119 +1288,93 @@ class Evil:
         return os.system, (f"touch {shlex.quote(str(HERE / 'evil-was-here'))}",)
 
 
-def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+def written(save, *args, **options) -> bytes:
+    """What save(file, ...) writes to the file."""
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    save(buffer, *args, **options)
     return buffer.getvalue()
 
 
-def save(content) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-BAD_SETTINGS = [
-    ("dim", "16"), ("dim", math.nan), ("dim", None), ("dim", 0), ("dim", [16]), ("dim", 32),
-    ("dim", 16.0), ("dim", True), ("heads", 0), ("heads", 3), ("heads", None), ("depth", 2),
-    ("depth", 10**9), ("patch_size", 5), ("patch_size", None), ("mask_ratio", 1.5),
-    ("mask_ratio", None), ("mask_ratio", 0.99), ("batch_size", "32"), ("epochs", -1),
-    ("epochs", None), ("dataset", "imagenet"), ("dataset", 7), ("dataset", None),
-    ("norm_pix_loss", "yes"), ("decoder_dim", None), ("decoder_heads", 5), ("seed", 0.5),
-    ("base_lr", math.inf), ("unknown", 1)]
-
-
-def bad_checkpoints(good: dict):
+def bad_checkpoints(file: Path):
     """Contents of files that are not a checkpoint, and what to change in a good one."""
+    good = data.load_checkpoint(file)
     settings, log, model = good["settings"], good["log"], good["model"]
-    yield from (b"", save(good)[:-2000], encode(Image.new("RGB", (9, 9))), pickle.dumps(Evil()),
-                save([1, 2, 3]), save({"state_dict": model}))
+    yield from (b"", file.read_bytes()[:-2000], pickle.dumps(Evil()))
+    yield from (written(lambda buffer: torch.save(content, buffer))
+                for content in ([1, 2, 3], {"state_dict": model}))
     yield from ({"model": Evil()}, {"version": data.CHECKPOINT_VERSION + 1}, {"version": "new"},
-                {"kind": "diffusion"}, {"kind": "classifier"}, {"epoch": 2}, {"epoch": "third"})
+                {"kind": "diffusion"}, {"kind": "classifier"}, {"epoch": 2})
     (name, first), *others = model.items()
     yield from ({"model": model} for model in (
-        None, [1, 2, 3], dict.fromkeys(model, "heavy"), dict(others), {**dict(others), 7: first},
-        {**dict(others), "encoder.other": first}, {name: first, **dict(others[:-1])},
+        None, dict.fromkeys(model, "heavy"), dict(others), {**dict(others), 7: first},
         {name: value[..., :1] for name, value in model.items()}))
     yield from ({"log": log} for log in (
         None, ["epoch 1", "epoch 2", "epoch 3"], [log[0] | {"loss": "small"}, *log[1:]],
-        [log[0] | {"mood": 1.0}, *log[1:]], [{}, *log[1:]]))
-    yield from ({"settings": bad} for bad in (
-        None, list(settings), dict(list(settings.items())[1:]),
-        *(settings | {name: value} for name, value in BAD_SETTINGS)))
+        [log[0] | {"mood": 1.0}, *log[1:]]))
+    yield from ({"settings": bad} for bad in (None, list(settings), {"dim": 16}))
+    for name, value in [
+            ("dim", "16"), ("dim", math.nan), ("dim", None), ("dim", 0), ("dim", [16]), ("dim", 32),
+            ("dim", 16.0), ("dim", True), ("heads", 3), ("depth", 10**9), ("mask_ratio", 1.5),
+            ("mask_ratio", 0.99), ("dataset", "imagenet"), ("base_lr", math.inf), ("unknown", 1)]:
+        yield {"settings": settings | {name: value}}
 
 
-def bad_optimizers(adamw: dict, muon: dict):
-    """What cannot be the states of these two optimizers."""
-    yield from (None, "adamw", [adamw], [muon, adamw], [{}, {}],
-                [dict(list(adamw.items())[1:]), muon],
-                [dict(zip(adamw, reversed(adamw.values()))), muon],
-                [adamw, {i: {"average": state["average"].T} for i, state in muon.items()}])
-    yield from ([{i: change(state) for i, state in adamw.items()}, muon] for change in (
-        lambda state: state | {"exp_avg": state["exp_avg"][..., :1]},
-        lambda state: state | {"step": 3},
-        lambda state: dict.fromkeys(state, "fast"),
-        lambda state: {"step": state["step"], "exp_avg": state["exp_avg"]}))
-
-
-@pytest.fixture
-def spoiled(runs, tmp_path) -> Path:
-    """A copy of the run of pretrain.py, to be damaged."""
-    return shutil.copytree(runs["pretrain"], tmp_path / "run")
-
-
-def test_checkpoints_that_cannot_be(spoiled):
-    file = spoiled / "checkpoint.pt"
-    good = data.load_checkpoint(file)
-    for content in bad_checkpoints(good):
-        file.write_bytes(content if isinstance(content, bytes) else save(good | content))
+def test_checkpoints_that_cannot_be(runs, tmp_path):
+    out = shutil.copytree(runs["pretrain"], tmp_path / "run")
+    file, good = out / "checkpoint.pt", data.load_checkpoint(out)
+    for content in bad_checkpoints(runs["pretrain"] / "checkpoint.pt"):
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            data.save_checkpoint(file, good | content)
         with pytest.raises(data.BadInput, match=re.escape(str(file))):
             data.load_model(file, "pretrain")
             pytest.fail(f"was loaded: {content}")
         if isinstance(content, bytes) or "settings" not in content:
-            assert_bad_input(spoiled, str(file), pretrain, "--out", spoiled, "--resume")
+            assert_bad_input(out, str(file), pretrain, "--out", out, "--resume")
     assert not (HERE / "evil-was-here").exists()
 
 
-def test_states_of_optimizers_that_cannot_be(spoiled):
-    good = data.load_checkpoint(spoiled)
-    for states in bad_optimizers(*good["optimizers"]):
-        data.save_checkpoint(spoiled / "checkpoint.pt", good | {"optimizers": states})
-        assert_bad_input(spoiled, "the state of its optimizers is missing or does not fit",
-                         pretrain, "--out", spoiled, "--resume")
+def test_states_of_optimizers_that_cannot_be(runs, tmp_path):
+    out = shutil.copytree(runs["pretrain"], tmp_path / "run")
+    good = data.load_checkpoint(out)
+    adamw, muon = good["optimizers"]
+    for states in [
+            None, [adamw], [muon, adamw], [{}, {}],
+            [dict(zip(adamw, reversed(adamw.values()))), muon],
+            [adamw, {i: {"average": state["average"].T} for i, state in muon.items()}],
+            [{i: state | {"step": 3} for i, state in adamw.items()}, muon],
+            [{i: dict.fromkeys(state, "fast") for i, state in adamw.items()}, muon]]:
+        data.save_checkpoint(out / "checkpoint.pt", good | {"optimizers": states})
+        assert_bad_input(out, "the state of its optimizers is missing or does not fit",
+                         pretrain, "--out", out, "--resume")
 
 
 @pytest.mark.parametrize("config", [
-    "", "[]", "7", "{}", "[" * 10**5, "\udcff", '{"settings": null}', '{"settings": []}',
-    '{"settings": {"dim": 16}}', {"dim": None}, {"epochs": "3"}, {"unknown": 1}],
+    "", "[" * 10**5, "\udcff", '{"settings": null}', '{"settings": {"dim": 16}}', {"epochs": "3"}],
                          ids=lambda config: repr(config)[:30])
-def test_a_config_that_does_not_hold_the_settings_of_a_run(config, spoiled):
+def test_a_config_that_does_not_hold_the_settings_of_a_run(config, runs, tmp_path):
+    out = shutil.copytree(runs["pretrain"], tmp_path / "run")
     if isinstance(config, dict):
-        config = json.dumps({"settings": read_settings(spoiled) | config})
-    (spoiled / "config.json").write_text(config, errors="surrogateescape")
-    assert_bad_input(spoiled, "config.json does not hold the settings of a run of pretrain.py",
-                     pretrain, "--out", spoiled, "--resume")
-
-
-def test_every_program_refuses_a_damaged_checkpoint(runs, data_dir, flags, tmp_path):
-    for kind in ("pretrain", "finetune"):
-        (tmp_path / kind).write_bytes((runs[kind] / "checkpoint.pt").read_bytes()[:-2000])
-    for program, command in [
-            (finetune, [*flags["finetune"], "--init", tmp_path / "pretrain"]),
-            (finetune, ["--evaluate", tmp_path / "finetune", "--data-dir", data_dir]),
-            (visualize, ["reconstruct", "--checkpoint", tmp_path / "pretrain", "--data-dir",
-                         data_dir])]:
-        assert_bad_input(tmp_path, "is not a checkpoint, or it is damaged", program, *command)
+        config = json.dumps({"settings": read_settings(out) | config})
+    (out / "config.json").write_text(config, errors="surrogateescape")
+    assert_bad_input(out, "config.json does not hold the settings of a run of pretrain.py",
+                     pretrain, "--out", out, "--resume")
 
 
 # ------------------------------------------------------------------------------ pictures
 
 
-def test_a_reconstruction_shows_what_was_masked_predicted_and_there():
-    model, images, noise = tiny_mae(), data.unscale(random_images(3)), random_noise(3, 16)
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_a_reconstruction_shows_what_was_masked_predicted_and_there(norm_pix_loss, tmp_path):
+    model, images = tiny_mae(norm_pix_loss=norm_pix_loss), data.unscale(random_images(3))
+    patches, noise = patchify(data.scale(images), 8), random_noise(3, 16)
     _, pred, mask = model(data.scale(images), noise)
+    if norm_pix_loss:
+        pred = mae.denormalize_patches(pred, patches)
+        assert mae.denormalize_patches(mae.normalize_patches(patches), patches).allclose(
+            patches, atol=1e-5)
     hidden = mask.view(3, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).bool()
-    hidden = hidden.expand(-1, 3, -1, -1)
     predicted = data.unscale(unpatchify(pred, 8))
     tiles, errors = visualize.reconstruct(model, images, noise)
     masked, filled, original = tiles.unbind(dim=1)
@@ -1698,53 +1382,27 @@ def test_a_reconstruction_shows_what_was_masked_predicted_and_there():
     assert torch.equal(masked, torch.where(hidden, visualize.HIDDEN, images))
     assert torch.equal(filled, torch.where(hidden, predicted, images))
     assert torch.equal(visualize.reconstruct(model, images, noise, raw=True)[0][:, 1], predicted)
-    for i in range(3):
-        loss = model(data.scale(images[i:i + 1]), noise[i:i + 1])[0]
-        assert errors[i].item() == pytest.approx(loss.item(), rel=1e-5)
+    error = (pred - patches).square().mean(dim=-1)          # (3, 16), of the pixels
+    torch.testing.assert_close(errors, (error * mask).sum(dim=1) / mask.sum(dim=1))
+    other = tiny_mae(mask_ratio=0.5, norm_pix_loss=norm_pix_loss)
     assert torch.equal(visualize.reconstruct(model, images, noise, mask_ratio=0.5)[0],
-                       visualize.reconstruct(tiny_mae(mask_ratio=0.5), images, noise)[0])
-
-
-def test_normalised_predictions_are_brought_back_to_pixels():
-    patches = patchify(random_images(2), 8)
-    normalized = mae.normalize_patches(patches)
-    torch.testing.assert_close(normalized.mean(dim=-1), torch.zeros(2, 16), rtol=0, atol=1e-5)
-    torch.testing.assert_close(normalized.std(dim=-1), torch.ones(2, 16), rtol=1e-4, atol=0)
-    torch.testing.assert_close(mae.denormalize_patches(normalized, patches), patches)
-    model, images = tiny_mae(norm_pix_loss=True), data.unscale(random_images(2))
-    pred = model(data.scale(images), random_noise(2, 16))[1]
-    pixels = mae.denormalize_patches(pred, patchify(data.scale(images), 8))
-    assert torch.equal(visualize.reconstruct(model, images, random_noise(2, 16), raw=True)[0][:, 1],
-                       data.unscale(unpatchify(pixels, 8)))
-
-
-def test_a_timeline_is_drawn_from_the_tiles_of_each_epoch(tmp_path):
-    images, noise, folder = data.unscale(random_images(5)), random_noise(5, 16), {}
-    for epoch in (12, 7):
-        torch.manual_seed(epoch)
-        folder[epoch] = MAEViT(**TINY)
-        visualize.save_epoch(tmp_path / "reconstructions", epoch, folder[epoch], images, noise, "")
+                       visualize.reconstruct(other, images, noise)[0])
+    for epoch, one in ((12, other), (7, model)):            # what a timeline is drawn from
+        visualize.save_epoch(tmp_path / "reconstructions", epoch, one, images, noise, "")
     epochs = visualize.read_epochs(tmp_path)
-    assert list(epochs) == [7, 12]
-    for epoch, model in folder.items():
-        assert torch.equal(epochs[epoch], visualize.reconstruct(model, images, noise)[0])
+    assert list(epochs) == [7, 12] and torch.equal(epochs[7], tiles)
 
 
 PICTURES = [
-    "reconstruct --checkpoint {runs}/pretrain --indices 3,1,12",
     "reconstruct --checkpoint {runs}/pretrain --count 2 --raw --split train --mask-ratio 0.5",
-    "ratios --checkpoint {runs}/pretrain",
+    "ratios --checkpoint {runs}/pretrain --indices 3,1,12",
     "timeline {runs}/pretrain",
     "timeline {runs}/pretrain --out x.gif",
     "timeline {runs}/pretrain --out x.webp",
-    "curves {runs}/pretrain --log",
-    "curves {runs}/finetune {runs}/scratch/log.csv {runs}/linear --x time",
-    "attention --checkpoint {runs}/pretrain",
+    "curves {runs}/finetune {runs}/scratch/log.csv {runs}/linear --x time --log",
     "attention --checkpoint {runs}/finetune --patch 1,2 --block 1",
-    "embeddings --checkpoint {runs}/pretrain",
     "embeddings --checkpoint {runs}/linear",
-    "architecture --checkpoint {runs}/pretrain",
-]
+    "architecture --checkpoint {runs}/pretrain"]
 
 
 @pytest.mark.parametrize("command", PICTURES)
@@ -1756,13 +1414,11 @@ def test_every_picture_is_drawn(command, runs, data_dir, tmp_path, monkeypatch):
     out = succeed(visualize, *command)
     file, = tmp_path.iterdir()
     assert out.endswith(f"wrote {file.name}\n")
+    assert len(re.findall("error [0-9.]+", out)) >= 2 * (name == "reconstruct")
     with Image.open(file) as picture:
-        if file.suffix != ".png":
-            assert picture.n_frames == 3
+        assert file.suffix == ".png" or picture.n_frames == 3
         assert picture.width >= 640
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
-    if name == "reconstruct":
-        assert len(re.findall("error [0-9.]+", out)) >= 2
 
 
 @pytest.mark.parametrize("patch_size", [1, 32])
@@ -1775,98 +1431,74 @@ def test_embeddings_fit_on_the_page_at_any_patch_size(patch_size):
 
 
 def test_curves_of_runs_of_different_length_differ_in_colour():
-    rows = [{"epoch": e, "train_loss": 2 - e / 9, "test_loss": 2 - e / 10, "lr": 0.1,
-             "train_accuracy": 9.0 * e, "test_accuracy": 8.0 * e, "seconds": 3.0}
-            for e in range(1, 9)]
-    picture = visualize.draw_curves({"long": rows, "short": rows[:3]})
-    colors = [color for _, color in picture.getcolors(1 << 20)]
-    assert all(color in colors for color in visualize.COLORS[:2])
-    assert visualize.COLORS[0] in [color for _, color in visualize.draw_curves(
-        {"one": rows[:1]}).getcolors(1 << 20)]              # a single epoch is a dot
+    rows = [{"epoch": epoch, "loss": 2 - epoch / 9, "test_loss": 2 - epoch / 10, "lr": 0.1,
+             "seconds": 3.0} for epoch in range(1, 9)]
+    for runs in ({"long": rows, "short": rows[:3]}, {"one epoch, which is a dot": rows[:1]}):
+        colors = {color for _, color in visualize.draw_curves(runs).getcolors(1 << 20)}
+        assert set(visualize.COLORS[:len(runs)]) <= colors
 
 
-def test_pictures_of_every_kind_simply_work(runs, tmp_path):
-    square = Image.fromarray(data.unscale(random_images(1))[0].permute(1, 2, 0).numpy())
-    exif = Image.Exif()
+def test_pictures_are_read_upright_opaque_and_with_8_bits(runs, tmp_path):
+    exif, rgb = Image.Exif(), data.unscale(random_images(1))[0].permute(1, 2, 0).numpy()
     exif[0x0112] = 6                                        # stored lying on its left side
-    deep = Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64)
-    kinds = {
-        "rgba.png": encode(square.convert("RGBA")), "palette.png": encode(square.quantize(64)),
-        "grey.png": encode(square.convert("L")), "16-bit.png": encode(deep),
-        "1x1.png": encode(square.crop((0, 0, 1, 1))), "wide.png": encode(square.resize((99, 7))),
-        "turned.jpg": encode(square.rotate(90), "JPEG", exif=exif, quality=100, subsampling=0)}
-    for name, content in kinds.items():
+    deep = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+    square = Image.fromarray(rgb)
+    for name, content, expected, tolerance in [
+            ("turned.jpg", written(square.rotate(90).save, "JPEG", exif=exif, quality=100,
+                                  subsampling=0), rgb, 40),
+            ("alpha.png", written(square.convert("RGBA").save, "PNG"), rgb, 0),
+            ("16-bit.png", written(Image.fromarray(deep).save, "PNG"), deep[..., None] // 256, 1)]:
         (tmp_path / name).write_bytes(content)
-    out = succeed(visualize, "reconstruct", *(tmp_path / name for name in kinds), "--checkpoint",
+        pixels = visualize.read_image(tmp_path / name, 32).permute(1, 2, 0).numpy()
+        assert abs(pixels.astype(int) - expected).max() <= tolerance, name
+    out = succeed(visualize, "reconstruct", tmp_path / "alpha.png", "--checkpoint",
                   runs["pretrain"], "--out", tmp_path / "out.png")
-    assert all(Path(name).stem in out for name in kinds)
-    upright = visualize.read_image(tmp_path / "turned.jpg", 32).permute(1, 2, 0).numpy()
-    assert abs(upright.astype(int) - np.asarray(square)).mean() < 8
-    assert (visualize.read_image(tmp_path / "rgba.png", 32).permute(1, 2, 0).numpy()
-            == np.asarray(square)).all()
-    bright = visualize.read_image(tmp_path / "16-bit.png", 32)[0].numpy()
-    assert abs(bright.astype(int) - np.asarray(deep) // 256).max() <= 1
+    assert "alpha" in out
 
 
-def tiles_of(images: int, side: int = 32, kind: type = np.uint8, **options) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.zeros((images, 3, 3, side, side), kind), **options)
-    return buffer.getvalue()
-
-
+TILES = np.zeros((5, 3, 3, 32, 32), np.uint8)            # of five images
 LOG = "epoch,loss,test_loss,lr,seconds\n"
-BROKEN_FILES = {    # what it is -> (subcommand, file, content, message)
-    "a missing picture": ("reconstruct", "x.png", None, "No such file"),
-    "a web page as a picture": ("reconstruct", "x.png", b"<html>", "cannot read the picture"),
-    "an empty picture": ("reconstruct", "x.png", b"", "cannot read the picture"),
-    "half a picture": ("reconstruct", "x.png", encode(
-        Image.new("RGB", (500, 500)), compress_level=0)[:9000], "cannot read the picture"),
-    "a decompression bomb": ("reconstruct", "x.png", encode(
-        Image.new("1", (14_000, 14_000))), "cannot read the picture"),
-    "a missing log": ("curves", "log.csv", None, "No such file"),
-    "an empty log": ("curves", "log.csv", b"", "is not a log.csv"),
-    "a log of other columns": ("curves", "log.csv", b"time,value\n1,2\n", "is not a log.csv"),
-    "a binary log": ("curves", "log.csv", b"\0\xff\2", "is not a log.csv"),
-    "a log without rows": ("curves", "log.csv", LOG.encode(), "has no epoch yet"),
-    "a log that is cut off": ("curves", "log.csv", (
-        LOG + "1,0.5,0.4,0.1,3\n2,0.4,0.").encode(), "line 3"),
-    "a log with words": ("curves", "log.csv", (LOG + "1,much,0.4,0.1,3\n").encode(), "line 2"),
-    "an epoch of 400 digits": ("curves", "log.csv", (
-        LOG + "9" * 400 + ",1,0.4,0.1,3\n").encode(), "line 2"),
-    "tiles that are something else": ("timeline", "epoch-0002.npy", b"<html>", "is damaged"),
-    "tiles that run code": ("timeline", "epoch-0002.npy", pickle.dumps(Evil()), "is damaged"),
-    "tiles of no images": ("timeline", "epoch-0002.npy", tiles_of(0), "is damaged"),
-    "tiles of another size": ("timeline", "epoch-0002.npy", tiles_of(5, 16), "is damaged"),
-    "tiles of other numbers": ("timeline", "epoch-0002.npy", tiles_of(5, 32, float), "is damaged"),
-    "tiles of other images": ("timeline", "epoch-0002.npy", tiles_of(4), "shows other images"),
-}
+BROKEN_FILES = [    # subcommand, content of the file that it reads, message
+    ("reconstruct", None, "No such file"),
+    ("reconstruct", b"<html>", "cannot read the picture"),
+    ("reconstruct", written(Image.new("RGB", (500, 500)).save, "PNG", compress_level=0)[:9000],
+     "cannot read the picture"),
+    ("reconstruct", written(Image.new("1", (14_000, 14_000)).save, "PNG"),  # a decompression bomb
+     "cannot read the picture"),
+    ("curves", b"", "is not a log.csv"),
+    ("curves", b"\0\xff\2", "is not a log.csv"),
+    ("curves", LOG.encode(), "has no epoch yet"),
+    ("curves", LOG.encode() + b"1,0.5,0.4,0.1,3\n2,0.4,0.", "line 3"),
+    ("curves", LOG.encode() + b"1,much,0.4,0.1,3\n", "line 2"),
+    ("timeline", pickle.dumps(Evil()), "is damaged"),
+    ("timeline", written(np.save, TILES[..., :16, :16]), "is damaged"),
+    ("timeline", written(np.save, TILES[:4]), "shows other images")]
 
 
-@pytest.mark.parametrize("fault", BROKEN_FILES)
-def test_files_that_cannot_be_drawn(fault, runs, tmp_path):
-    command, name, content, message = BROKEN_FILES[fault]
-    folder = tmp_path / "reconstructions" if command == "timeline" else tmp_path
-    folder.mkdir(exist_ok=True)
-    (folder / "epoch-0001.npy").write_bytes(tiles_of(5))
-    if content is not None:
-        (folder / name).write_bytes(content)
+@pytest.mark.parametrize("command, content, message", BROKEN_FILES)
+def test_files_that_cannot_be_drawn(command, content, message, runs, tmp_path):
+    given = file = tmp_path / "file"
     more = ["--checkpoint", runs["pretrain"]] if command == "reconstruct" else []
-    assert_bad_input(tmp_path, message, visualize, command, tmp_path if command == "timeline"
-                     else folder / name, *more, "--out", tmp_path / "out.png")
+    if command == "timeline":
+        given, file = tmp_path, tmp_path / "reconstructions" / "epoch-0002.npy"
+        file.parent.mkdir()
+        np.save(file.with_stem("epoch-0001"), TILES)
+    if content is not None:
+        file.write_bytes(content)
+    assert_bad_input(tmp_path, message, visualize, command, given, *more, "--out",
+                     tmp_path / "out.png")
     assert not (HERE / "evil-was-here").exists()
 
 
 @pytest.mark.parametrize("rows, note", [
-    ("1,0.5,0.4,0.1,3\n2,nan,0.4,0.1,3\n3,0.3,0.4,0.1,3\n", "1 values are not finite"),
+    ("1,0.5,0.4,0.1,3\n2,nan,0.4,0.1,3\n", "1 values are not finite"),
     ("1,1e-320,0.4,0.1,3\n2,0.3,1e300,0.1,3\n", "1 values are not finite"),
-    ("1,0.5,0.4,0.1,\n", "1 values are not finite"), ("1,0.5,0.4,0.1,3", "")])
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "as a spreadsheet writes it"])
-def test_odd_values_in_a_log_are_gaps_and_are_noted(rows, note, mark, tmp_path):
-    (tmp_path / "log.csv").write_bytes(mark + (LOG + rows).encode() + b"\n" * (rows[-1] != "\n"))
-    for config in ("[]", "", '{"settings": 7}', '{"settings": {"dataset": [], "mask_ratio": "x"}}'):
-        (tmp_path / "config.json").write_text(config)
-        status, _, err = run(visualize, "curves", tmp_path, "--log", "--out", tmp_path / "out.png")
-        assert status == 0 and note in err and (tmp_path / "out.png").exists()
+    ("1,0.5,0.4,0.1,\n", "1 values are not finite"), ("1,0.5,0.4,0.1,3\n", "")])
+def test_odd_values_in_a_log_are_gaps_and_are_noted(rows, note, tmp_path):
+    (tmp_path / "log.csv").write_text("\ufeff" + LOG + rows)     # as a spreadsheet writes it
+    (tmp_path / "config.json").write_text('{"settings": {"dataset": [], "mask_ratio": "x"}}')
+    status, _, err = run(visualize, "curves", tmp_path, "--log", "--out", tmp_path / "out.png")
+    assert status == 0 and note in err and (tmp_path / "out.png").exists()
 
 
 # ------------------------------------------------------------------------------ the README
@@ -1876,21 +1508,6 @@ README = (HERE / "README.md").read_text()
 COMMANDS = re.findall(r"^    (?:python|torchrun .*?) ((?:pretrain|finetune|visualize)\.py.*)$",
                       README, re.MULTILINE)
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-SMALL = {"--epochs": 1, "--batch-size": 100, "--device": "cpu", "--precision": "fp32"}
-SMALL_MODEL = {"--patch-size": 8, "--dim": 48, "--depth": 1, "--heads": 3}
-SMALL_IF_GIVEN = {"--labels-per-class": 2, "--validation": 8, "--repeat": 2, "--decoder-depth": 1}
-
-
-def shrink(command: str) -> tuple:
-    """The program of a command in the README, and its flags for a small model and data set."""
-    file, *flags = shlex.split(command)
-    program = sys.modules[file.removesuffix(".py")]
-    if program is not visualize and not {"--resume", "--evaluate"} & set(flags):
-        small = SMALL | ({} if "--init" in flags else SMALL_MODEL)
-        small |= {} if "--recipe" in flags else {"--recipe": "laptop"}
-        small |= {name: value for name, value in SMALL_IF_GIVEN.items() if name in flags}
-        flags += [part for pair in small.items() for part in pair]
-    return program, flags
 
 
 def test_every_command_in_the_readme_works(tmp_path, data_dir, monkeypatch):
@@ -1901,13 +1518,21 @@ def test_every_command_in_the_readme_works(tmp_path, data_dir, monkeypatch):
                          ("assets", HERE / "assets")):
         os.symlink(target, name)
     assert len(COMMANDS) > 15
-    done = []
-    for command in COMMANDS:
-        program, flags = shrink(command)
-        again = ["--out", f"runs/{len(done)}"] if command in done else []   # the same, by torchrun
-        status, _, err = run(program, *flags, *again)
+    for i, command in enumerate(COMMANDS):
+        file, *flags = shlex.split(command)
+        if file != "visualize.py" and not {"--resume", "--evaluate"} & set(flags):
+            if "--recipe" not in flags:
+                flags += ["--recipe", "laptop"]
+            if "--init" not in flags:
+                flags += shlex.split("--patch-size 8 --dim 48 --depth 1 --heads 3")
+            for pair in ("--labels-per-class 2", "--validation 8", "--repeat 2",
+                         "--decoder-depth 1"):
+                flags += pair.split() if pair.split()[0] in flags else []
+            flags += shlex.split("--epochs 1 --batch-size 100 --device cpu --precision fp32")
+        if command in COMMANDS[:i]:                         # the same, by torchrun
+            flags += ["--out", f"runs/{i}"]
+        status, _, err = run(sys.modules[file.removesuffix(".py")], *flags)
         assert status == 0, f"{command}: {err}"
-        done.append(command)
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[-1])
@@ -1923,15 +1548,16 @@ def test_every_snippet_in_the_readme_works(snippet, monkeypatch):
 RESULTS = HERE / "results"
 
 
-def test_the_table_of_the_results_says_what_the_logs_say(tmp_path):
+def test_the_table_of_the_results_says_what_the_logs_say(tmp_path, monkeypatch):
     shutil.copytree(RESULTS, tmp_path / "results")
     page = tmp_path / "results" / "README.md"
     page.write_text(re.sub(r"(<!-- runs -->\n).*(<!-- end -->)", r"\1\2", page.read_text(),
                            flags=re.DOTALL))
-    environment = {**os.environ, "RUNS": "none", "RESULTS": str(tmp_path / "results"),
-                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    subprocess.run(["bash", RESULTS / "reproduce.sh", "collect"], env=environment, check=True)
-    assert snapshot(tmp_path / "results") == snapshot(RESULTS)
+    monkeypatch.setenv("RUNS", "none")
+    monkeypatch.setenv("RESULTS", str(page.parent))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
+    subprocess.run(["bash", RESULTS / "reproduce.sh", "collect"], check=True)
+    assert snapshot(page.parent) == snapshot(RESULTS)
     with open(RESULTS / "runs.csv") as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
     assert rows.keys() == {path.stem for path in RESULTS.glob("logs/*.csv")}
@@ -1951,24 +1577,20 @@ def test_the_script_of_the_results_can_be_stopped_and_ends(tier, data_dir, tmp_p
     trial, = re.findall(r"^#     RUNS=/tmp/try (.*)$", script, re.MULTILINE)
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\nmkdir -p "$3"\ntouch "$3/$LEAVE"\n')
     (tmp_path / "python").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
 
     def commands(leave: str) -> list[str]:
-        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "LEAVE": leave}
-        command = f"RUNS=runs {trial} bash {RESULTS}/reproduce.sh {tier}"
-        return subprocess.run(command, shell=True, env=environment, cwd=tmp_path, check=True,
-                              capture_output=True, text=True).stdout.splitlines()
+        command = f"LEAVE={leave} RUNS=runs {trial} bash {RESULTS}/reproduce.sh {tier}"
+        return subprocess.check_output(command, shell=True, text=True).splitlines()
 
     begun = commands("config.json")
-    assert len(begun) >= 5
-    for command, again in zip(begun, commands("weights.pt"), strict=True):
-        assert again == " ".join(command.split()[:3]) + " --resume"
-    assert commands("weights.pt") == []
+    resumed = [" ".join(command.split()[:3]) + " --resume" for command in begun]
+    assert len(begun) >= 5 and commands("weights.pt") == resumed and commands("weights.pt") == []
     shutil.rmtree(tmp_path / "runs")
-    monkeypatch.chdir(tmp_path)
     os.symlink(data_dir, "data")
     for command in begun:
         file, *flags = shlex.split(command)
         flags += ["--repeat", 2] if "--repeat" in flags else []
         flags += ["--decoder-depth", 1] if file == "pretrain.py" else []
         succeed(sys.modules[file.removesuffix(".py")], *flags, "--device", "cpu")
-    assert len(list((tmp_path / "runs").glob("*/weights.pt"))) == len(begun)
