@@ -682,11 +682,6 @@ def are_settings(settings, kind: str) -> bool:
 # ------------------------------------------------------------------------------ errors
 
 
-def is_main_process() -> bool:
-    """Whether this is the one of several processes (see torchrun) that writes and prints."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 class BadInput(Exception):
     """The user's input cannot be used. The text is one line: what is wrong, where, what to do."""
 

@@ -58,10 +58,10 @@ says otherwise, and train nothing."""
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if any(flag.startswith("--evaluate") for flag in argv):
+    if any(flag.split("=")[0] == "--evaluate" for flag in argv):
         return evaluate_classifier(argv)
     first, defaults = choose_defaults("classifier", RECIPES, argv)
-    sizes = encoder_sizes(first.init) if first.init and not first.resume else {}
+    sizes = {} if first.init is None or first.resume else encoder_sizes(first.init)
     if first.mode == "linear" and not first.resume:
         defaults |= LINEAR
     settings = parse_settings("classifier", HELP, defaults | sizes, argv)
@@ -196,9 +196,9 @@ def load_encoder(classifier: mae.ViTClassifier, settings: argparse.Namespace,
 
 
 def layers_above(name: str, depth: int) -> int:
-    """How many layers of a ViT are above that of a parameter: none above norm and head, then the
-    blocks from the last to the first, then the embeddings. For the layer-wise decay of the learning
-    rate (Clark et al. 2020, arXiv 2003.10555; MAE, table 9)."""
+    """How many layers of a ViT are above the layer of a parameter: none above norm and head, then
+    the blocks from the last to the first, then the embeddings. For the layer-wise decay of the
+    learning rate (Clark et al. 2020, arXiv 2003.10555; MAE, table 9)."""
     part, _, rest = name.partition(".")
     if part == "blocks":
         return depth - int(rest.split(".")[0])

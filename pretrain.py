@@ -196,9 +196,6 @@ def check_same_run(settings: argparse.Namespace, own: dict) -> None:
         if new != value and name not in MAY_CHANGE and not (name == "epochs" and new > value):
             raise BadInput(f"--{name.replace('_', '-')}: the run in {settings.out} has {value}, "
                            f"not {new}; leave the flag out, or start another run")
-    if settings.epochs > own["epochs"] and data.is_main_process():
-        print(f"schedule: the cosine now ends after epoch {settings.epochs}, not {own['epochs']}, "
-              "so the learning rate rises again")
 
 
 def read_settings(out: Path, kind: str) -> dict:
@@ -206,7 +203,7 @@ def read_settings(out: Path, kind: str) -> dict:
     try:
         settings = json.loads((out / "config.json").read_text())["settings"]
     except FileNotFoundError:
-        raise BadInput(f"--resume: {out} does not hold a run") from None
+        raise BadInput(f"--resume: {out} has no config.json, which a run has") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         settings = None
     if not data.are_settings(settings, kind):
@@ -291,7 +288,7 @@ def on_machine(settings: argparse.Namespace):
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=1),
                                 device_id=device if name == "cuda" else None)
     yield Machine(device, settings.precision, settings.compile, rank, local_rank, processes)
-    if processes > 1:           # after an error the others would not come, and this is skipped
+    if processes > 1:           # skipped after an error, when the others may never get here
         dist.barrier()                                      # leave together, or gloo may abort
         dist.destroy_process_group()
 
@@ -318,14 +315,13 @@ def decide_to_compile(wanted: bool | None, device: torch.device) -> bool:
         problem = f"torch.compile does not work here: {' '.join(str(error).split())[:200]}"
         if wanted:
             raise BadInput(f"--compile: {problem}") from None
-        if data.is_main_process():
-            print(f"note: {problem}; training is slower without it", file=sys.stderr)
+        print(f"note: {problem}; training is slower without it", file=sys.stderr)
         return False
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed blocks of any size. It would return them to the system, which has to
-    hand them out and clear them again at every step."""
+    """Have glibc keep freed blocks of any size, instead of returning them to the system and asking
+    for them again at every step."""
     with contextlib.suppress(OSError, AttributeError, TypeError):   # another C library: as it is
         libc = ctypes.CDLL(None)
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # malloc.h
@@ -365,8 +361,7 @@ def make_model(kind: str, settings: argparse.Namespace, machine: Machine) -> nn.
     try:
         return data.build_model(kind, vars(settings)).to(machine.device)
     except ValueError as error:
-        raise BadInput(f"{error}; see --patch-size, --dim, --heads, --mask-ratio and the flags of "
-                       "the decoder") from None
+        raise BadInput(f"{error}; see --help for the sizes") from None
 
 
 def describe(kind: str, settings: argparse.Namespace, machine: Machine, model: nn.Module,
@@ -375,11 +370,11 @@ def describe(kind: str, settings: argparse.Namespace, machine: Machine, model: n
     if not machine.main:
         return
     name = (torch.cuda.get_device_name() if machine.device.type == "cuda"
-            else f"{machine.device.type} with {torch.get_num_threads()} threads")
+            else f"{machine.device.type}, threads: {torch.get_num_threads()}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     values = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in
                        kept(settings, kind).items() if value is not None)
-    print(f"machine    {name}, {machine.processes} process{'es' * (machine.processes > 1)}\n"
+    print(f"machine    {name}, processes: {machine.processes}\n"
           f"data       {dataset.title}: {len(dataset.train_images):,} training and "
           f"{len(dataset.test_images):,} {test_name(settings)} images\n"
           f"model      {type(model).__name__} of {parameters:,} parameters\n"
@@ -632,18 +627,27 @@ class Run:
 
     def restore(self, model: nn.Module, optimizers: list[torch.optim.Optimizer] = (),
                 key: str = "model") -> bool:
-        """Continue after the last checkpoint, if this run is resumed and has one; whether it does.
-        Raises BadInput.
+        """Continue after the last checkpoint, if this run is resumed and has one. Returns whether
+        it has one. Raises BadInput.
 
         key: where in the checkpoint the weights of `model` are.
         """
-        path = self.out / "checkpoint.pt"
-        if not self.settings.resume or not path.exists():
+        path, settings = self.out / "checkpoint.pt", self.settings
+        if not settings.resume:
+            return False
+        if not path.exists():
+            if self.machine.main:
+                print("note: the run has no checkpoint yet, so it starts again", file=sys.stderr)
             return False
         checkpoint = data.load_checkpoint(path, self.kind)
-        if checkpoint.get("images") != self.settings.images:
+        own = checkpoint["settings"]
+        check_same_run(settings, own)                       # config.json may have been changed
+        if settings.epochs > own["epochs"] and self.machine.main and key == "model":
+            print(f"schedule: the cosine now ends after epoch {settings.epochs}, not "
+                  f"{own['epochs']}, so the learning rate rises again")
+        if checkpoint.get("images") != settings.images:
             raise BadInput(f"{self.out} was trained and tested on {checkpoint.get('images')} "
-                           f"images, {self.settings.data_dir} has {self.settings.images}: name the "
+                           f"images, {settings.data_dir} has {settings.images}: name the "
                            "folder of its data set with --data-dir")
         data.load_weights(model, checkpoint.get(key), path)
         if optimizers:
@@ -687,7 +691,7 @@ class Run:
             half = {name: value.half() for name, value in checkpoint["model"].items()}
             data.save_checkpoint(self.out / "weights.pt", dict(checkpoint, model=half))
         if last or epoch % settings.checkpoint_every == 0:
-            # The checkpoint is last: a run that is killed before it repeats the epoch.
+            # It is written last: a run that is killed earlier does the epoch again.
             states = [optimizer.state_dict()["state"] for optimizer in optimizers]
             data.save_checkpoint(self.out / "checkpoint.pt",
                                  dict(checkpoint, optimizers=states, **more))

@@ -1115,7 +1115,7 @@ BAD_INPUT = [
     (pretrain, "--out {empty}/file/run", "file/run: Not a directory"),
     (pretrain, "--out {runs}/finetune", "{runs}/finetune already holds a run"),
     (pretrain, "--resume", "--resume needs --out RUN"),
-    (pretrain, "--resume --out {empty}", "{empty} does not hold a run"),
+    (pretrain, "--resume --out {empty}", "{empty} has no config.json"),
     (pretrain, "--resume --out {runs}/finetune", "settings of a run of pretrain.py"),
     (pretrain, "--resume --out {runs}/pretrain --dim 32", "--dim: the run in"),
     (pretrain, "--resume --out {runs}/pretrain --epochs 2", "--epochs: the run in"),

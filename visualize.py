@@ -484,7 +484,7 @@ def draw_embeddings(model: nn.Module, caption: str) -> Image.Image:
     column_titles = [*([f"position embeddings of the {name}"] for name in positions),
                      [f"{count} of {encoder.dim} patch filters"]]
     return draw_grid([tiles], column_titles, "Position embeddings and patch filters", caption,
-                     "cosine similarity with all positions, mean subtracted, -1 to 1")
+                     "each map: cosine similarity of its position with all others, -1 to 1")
 
 
 # ------------------------------------------------------------------------------ architecture
