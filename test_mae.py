@@ -1123,6 +1123,7 @@ BAD_INPUT = [
      "trained and tested on [96, 40] images"),
     (finetune, "--labels-per-class 5000", "only 10 of the 96 training images"),
     (finetune, "--init {empty}", "{empty}/checkpoint.pt: No such file"),
+    (finetune, "--init ''", "checkpoint.pt: No such file"),
     (finetune, "--init {empty}/file", "file is not a checkpoint, or it is damaged"),
     (finetune, "--init {runs}/finetune", "from pretrain.py is needed"),
     (finetune, "--init {runs}/pretrain --dim 32", "--dim: the encoder of"),
@@ -1348,6 +1349,15 @@ def test_states_of_optimizers_that_cannot_be(runs, tmp_path):
         data.save_checkpoint(out / "checkpoint.pt", good | {"optimizers": states})
         assert_bad_input(out, "the state of its optimizers is missing or does not fit",
                          pretrain, "--out", out, "--resume")
+
+
+def test_a_config_that_was_changed_after_the_last_checkpoint_is_not_believed(runs, tmp_path):
+    shutil.copytree(runs["pretrain"], tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["settings"]["seed"] = 5
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    assert_bad_input(tmp_path, "--seed: the run in", pretrain, "--resume", "--out",
+                     tmp_path / "run")
 
 
 @pytest.mark.parametrize("config", [
