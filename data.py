@@ -314,7 +314,8 @@ def fetch(url: str, path: Path, timeout: float = 30) -> None:
         while chunk := response.read(2**18):
             file.write(chunk)
             if progress.advance(len(chunk)):
-                progress.show(f"downloading {url}")
+                share = progress.done / progress.total
+                progress.show(f"downloading {Path(url).name}  {share:.0%}")
 
 
 @contextlib.contextmanager
