@@ -418,7 +418,8 @@ def write_file(path: Path | str, content: bytes | memoryview) -> None:
 def locked(folder: Path):
     """Make a folder and lock it until the end of the `with`, so that no second program writes to
     it. Yields a function that raises BadInput if the folder was deleted or replaced in the
-    meantime. Raises BadInput if another program has the lock."""
+    meantime. Raises BadInput if another program has the lock. Windows and some network file
+    systems have no such locks; nothing is locked there."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield lambda: None
@@ -537,7 +538,7 @@ def load_weights(model: nn.Module, weights: dict, path: Path | str) -> None:
     """Raises BadInput if they are not the weights of this model."""
     try:
         model.load_state_dict(weights)
-    except (RuntimeError, TypeError):                       # of other shapes, or not weights
+    except (RuntimeError, TypeError, AttributeError):       # of other shapes, or not weights
         raise BadInput(f"the weights in {path} do not fit the model in its settings") from None
 
 
