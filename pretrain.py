@@ -70,7 +70,7 @@ RECIPES = {                     # warmup: part of the epochs in which the learni
         picture_every=50),
     "laptop": dict(
         MODELS["laptop"], decoder_dim=64, decoder_depth=1, decoder_heads=2, mask_ratio=0.75,
-        norm_pix_loss=False, epochs=3, warmup=0.125, batch_size=64, base_lr=1e-2,
+        norm_pix_loss=True, epochs=8, warmup=0.125, batch_size=64, base_lr=1e-2,
         optimizer="muon", weight_decay=0.05, augment="crop", checkpoint_every=1, picture_every=1),
 }
 TEST_IMAGES = 1000              # the first ones, for the test loss

@@ -6,6 +6,7 @@ Input: a model and images, or what runs have written. Output: a PIL image; of th
     ratios        the same images at growing mask ratios    MAE, figure 4
     timeline      the same images and masks over a run      a sheet or an animation
     curves        losses, accuracies, learning rates        of one run or several
+    minutes       accuracy against all minutes of training  with and without pre-training
     attention     where a token looks, head by head         ViT, section 4.5
     embeddings    positions compared, patch filters         ViT, figure 7
     architecture  a batch on its way through the model      MAE, figure 1
@@ -23,6 +24,7 @@ import functools
 import io
 import json
 import math
+import shlex
 import sys
 import textwrap
 import warnings
@@ -363,6 +365,20 @@ def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title
                 sheet.line([place(xs[i], ys[i]) for i in part], color, width)
 
 
+def draw_legend(labels: list[str], height: int, title: str, caption: str) -> tuple[Sheet, int]:
+    """A sheet with a legend, and the height of the legend; below it are `height` pixels."""
+    room = WIDTH - 2 * MARGIN
+    entry_width = min(room, int(max(map(text_width, labels))) + 110)
+    columns = room // entry_width
+    legend_height = 38 * math.ceil(len(labels) / columns) + 16
+    sheet = Sheet(WIDTH, legend_height + height, title, caption)
+    for i, (label, color) in enumerate(zip(labels, COLORS)):
+        left, y = MARGIN + i % columns * entry_width, sheet.top + 18 + i // columns * 38
+        sheet.line([(left, y), (left + 52, y)], color, THICK)
+        sheet.text(left + 64, y, label, anchor="lm", fit=entry_width - 64)
+    return sheet, legend_height
+
+
 def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False,
                 metrics: list[str] | None = None, caption: str = "") -> Image.Image:
     """Curves of one or several runs, one panel per metric (keys of METRICS; USUAL by default).
@@ -390,17 +406,10 @@ def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False
     if any(METRICS[name][2] for name in shown):
         caption = f"{caption} · thick: test, thin: train".removeprefix(" · ")
     room, height = WIDTH - 2 * MARGIN, 460                  # height: of a panel
-    entry_width = min(room, int(max(map(text_width, runs))) + 110)
-    columns = room // entry_width                           # of the legend
-    legend_height = 38 * math.ceil(len(runs) / columns) + 16
     across = 3 if len(shown) == 3 else min(2, len(shown))
     width = room // across
-    sheet = Sheet(WIDTH, legend_height + height * math.ceil(len(shown) / across), "Training curves",
-                  caption)
-    for i, (label, color) in enumerate(zip(runs, COLORS)):
-        left, y = MARGIN + i % columns * entry_width, sheet.top + 18 + i // columns * 38
-        sheet.line([(left, y), (left + 52, y)], color, THICK)
-        sheet.text(left + 64, y, label, anchor="lm", fit=entry_width - 64)
+    sheet, legend_height = draw_legend(list(runs), height * math.ceil(len(shown) / across),
+                                       "Training curves", caption)
     for i, name in enumerate(shown):
         title, train, test = METRICS[name]
         logarithmic, lines = log and name != "accuracy", []
@@ -414,6 +423,24 @@ def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False
         left, top = MARGIN + i % across * width, sheet.top + legend_height + i // across * height
         draw_panel(sheet, (left, top, left + width, top + height), title, x_title, lines,
                    logarithmic)
+    return sheet.picture()
+
+
+def draw_minutes(families: dict[str, list[tuple[float, float]]], caption: str) -> Image.Image:
+    """What whole runs reach, against the minutes that they took in all.
+
+    families: for each label in the legend, (minutes, accuracy in %) of at least one run.
+    """
+    lines, height = [], 620                                 # of the panel
+    for points, color in zip(families.values(), COLORS):
+        xs, ys = np.array(sorted(points), float).T
+        lines += [(xs, ys, color, THIN), *((xs[i:i + 1], ys[i:i + 1], color, 2 * THICK)
+                                           for i in range(len(xs)))]    # a dot for each run
+    sheet, legend_height = draw_legend(list(families), height, "Accuracy for equal time", caption)
+    top = sheet.top + legend_height
+    draw_panel(sheet, (MARGIN, top, WIDTH - MARGIN, top + height),
+               "test accuracy after the last epoch, in %",
+               "minutes of training in all, pre-training included", lines, log=False)
     return sheet.picture()
 
 
@@ -671,6 +698,31 @@ def read_log(path: Path) -> list[dict[str, float]]:
     return rows
 
 
+def read_minutes(path: Path, names: list[str]) -> tuple[dict[str, list[tuple[float, float]]], str]:
+    """(minutes, accuracy) of runs with and without pre-training, from a table like
+    results/runs.csv, and where they ran. The minutes of a run's pre-training are included.
+
+    Raises BadInput if the table does not have the runs; OSError.
+    """
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = {row.get("name"): row for row in csv.DictReader(file)}
+    families, machines = {"from scratch": [], "pre-trained, then fine-tuned": []}, set()
+    for name in names:
+        try:
+            row, minutes = rows[name], float(rows[name]["minutes"])
+            flags = shlex.split(row["command"])
+            start = Path(flags[flags.index("--init") + 1]).name if "--init" in flags else None
+            if start:
+                minutes += float(rows[start]["minutes"])
+            point = (minutes, float(row["test_accuracy"]))
+            machines.add(f"{row['processor']}, {row['precision']}, threads: {row['threads']}")
+        except (KeyError, ValueError, TypeError, AttributeError):
+            raise BadInput(f"{path} has no whole row of the classifier {name}, or of its "
+                           "pre-training") from None
+        families["pre-trained, then fine-tuned" if start else "from scratch"].append(point)
+    return {label: points for label, points in families.items() if points}, " / ".join(machines)
+
+
 def read_settings(run: Path) -> dict:
     """The settings in the config.json of a run, or beside a log, or none if there are none."""
     folder = run if run.is_dir() else run.parent
@@ -789,6 +841,12 @@ def run_curves(args: argparse.Namespace) -> Image.Image:
     return draw_curves(runs, args.x, args.log, args.metric)
 
 
+def run_minutes(args: argparse.Namespace) -> Image.Image:
+    """Accuracies of whole runs against all minutes of training."""
+    families, machines = read_minutes(args.TABLE, args.names)
+    return draw_minutes(families, machines)
+
+
 def run_attention(args: argparse.Namespace) -> Image.Image:
     """Where the class token or a patch looks, head by head."""
     model, images, labels, caption = load(args)
@@ -831,6 +889,8 @@ FLAGS = {
     "images": dict(nargs="*", type=Path, help="files, cut square (default: from the data set)"),
     "RUN": dict(type=Path, help="folder of a run of pretrain.py"),
     "logs": dict(nargs="+", type=Path, help="folders of runs, or log.csv files"),
+    "TABLE": dict(type=Path, help="such as results/runs.csv"),
+    "names": dict(nargs="+", help="classifiers in the table"),
     "--checkpoint": dict(type=Path, help="file, or a run's folder",
                          default=HERE / "results" / "weights" / "pretrain-pixels.pt"),
     "--indices": dict(type=whole_numbers, help="of images, such as 0,3,12 (default: the first)"),
@@ -873,6 +933,7 @@ def make_parser() -> data.Parser:
     add(run_ratios, *IMAGES, "--seed")
     add(run_timeline, "RUN", "--count")
     add(run_curves, "logs", "--x", "--log", "--metric")
+    add(run_minutes, "TABLE", "names")
     add(run_attention, *IMAGES, "--patch", "--block", count=3)
     add(run_embeddings, "--checkpoint")
     add(run_architecture, *IMAGES, "--seed", count=1, checkpoint=None)

@@ -29,54 +29,33 @@ laptop() {
         shift 2
         run finetune.py "$name" $flags --init "$start" "$@"
     }
-    run pretrain.py pretrain-pixels $flags
-    run pretrain.py pretrain $flags --norm-pix-loss --epochs 10
-    run pretrain.py pretrain-3 $flags --norm-pix-loss
-    run pretrain.py pretrain-30 $flags --norm-pix-loss --epochs 30
-    run pretrain.py mask-50 $flags --norm-pix-loss --mask-ratio 0.5 --epochs 2
-    run pretrain.py mask-90 $flags --norm-pix-loss --mask-ratio 0.9 --epochs 4
+    # the defaults
+    run pretrain.py pretrain $flags
+    run finetune.py scratch $flags
+    use pretrain finetune
+    use pretrain linear --mode linear
+    # as much time with and without pre-training
+    run pretrain.py pretrain-3 $flags --epochs 3
+    use pretrain-3 finetune-3-2 --epochs 2
+    run finetune.py scratch-10 $flags --epochs 10
+    # few labels: three draws of labels, 20,000 images shown
+    local seed labels
     for seed in 0 1 2; do
-        local name=$([ $seed = 0 ] || echo "-seed-$seed")
-        run finetune.py scratch$name $flags --seed $seed
-        use pretrain finetune$name --seed $seed
-        use pretrain linear$name --seed $seed --mode linear
+        for labels in ${LABELS:-10 50 250}; do
+            local few="--labels-per-class $labels --repeat $((500 / labels)) --epochs 4 --mix"
+            run finetune.py scratch-$labels-labels-$seed $flags $few --seed $seed
+            use pretrain finetune-$labels-labels-$seed $few --seed $seed
+        done
     done
-    for epochs in 2 6; do
-        run finetune.py scratch-$epochs-epochs $flags --epochs $epochs
-        use pretrain finetune-$epochs-epochs --epochs $epochs
-    done
-    run finetune.py scratch-20 $flags --epochs 20
-    use pretrain-30 finetune-30-20 --epochs 20
-    run finetune.py muon $flags --limit 30000 --epochs 1
-    run finetune.py adamw $flags --limit 30000 --epochs 1 --optimizer adamw --base-lr 8e-3 \
-        --layer-decay 0.8
-    for labels in ${LABELS:-10 50 250}; do
-        local few="--labels-per-class $labels --repeat $((1000 / labels)) --epochs 4"
-        run finetune.py scratch-$labels-labels $flags $few
-        use pretrain finetune-$labels-labels $few
-    done
-    for start in pretrain-3 pretrain-30 mask-50 mask-90; do
+    # what to predict, and how much to hide, at about equal cost
+    run pretrain.py pixels-3 $flags --no-norm-pix-loss --epochs 3
+    run pretrain.py mask-50 $flags --mask-ratio 0.5 --epochs 2
+    run pretrain.py mask-90 $flags --mask-ratio 0.9 --epochs 4
+    for start in pretrain-3 pixels-3 mask-50 mask-90; do
         use $start linear-$start --mode linear
     done
-    use pretrain-pixels linear-pixels --mode linear
-    use pretrain-pixels finetune-pixels
-    use pretrain-3 finetune-pretrain-3
-    use pretrain-30 finetune-pretrain-30
-    few="--labels-per-class ${LABELS:-50} --repeat 20 --epochs 4"
-    try() {     # try NAME FLAGS...: tested on images held out
-        local name=$1
-        shift
-        use pretrain try-$name $few --validation ${HELD_OUT:-5000} "$@"
-    }
-    try laptop
-    try mix --mix
-    try mask-0 --mix --mask-ratio 0
-    try flip --mix --augment flip
-    try none --mix --augment none
-    try layer-decay-1 --mix --layer-decay 1
-    try cls --mix --pool cls
-    use pretrain mix-50-labels $few --mix --mask-ratio 0
-    use pretrain mix --mix
+    # the pictures
+    run pretrain.py pixels $flags --no-norm-pix-loss --epochs 20
 }
 
 gpu() {
