@@ -39,7 +39,7 @@ RECIPES = {                     # warmup: part of the epochs in which the learni
         optimizer="adamw", weight_decay=0.05, layer_decay=1.0, augment="none", mask_ratio=0.0,
         mix=False, checkpoint_every=1),
     "laptop": dict(
-        MODELS["laptop"], pool="mean", epochs=3, warmup=0.125, batch_size=64, base_lr=2e-2,
+        MODELS["laptop"], pool="mean", epochs=4, warmup=0.125, batch_size=64, base_lr=2e-2,
         optimizer="muon", weight_decay=0.05, layer_decay=0.75, augment="crop", mask_ratio=0.5,
         mix=False, checkpoint_every=1),
     "strong": dict(

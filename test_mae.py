@@ -1410,6 +1410,7 @@ PICTURES = [
     "timeline {runs}/pretrain --out x.gif",
     "timeline {runs}/pretrain --out x.webp",
     "curves {runs}/finetune {runs}/scratch/log.csv {runs}/linear --x time --log",
+    f"minutes {HERE}/results/runs.csv scratch finetune",
     "attention --checkpoint {runs}/finetune --patch 1,2 --block 1",
     "embeddings --checkpoint {runs}/linear",
     "architecture --checkpoint {runs}/pretrain"]
@@ -1419,7 +1420,7 @@ PICTURES = [
 def test_every_picture_is_drawn(command, runs, data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, *_ = command = shlex.split(command.format(runs=runs["pretrain"].parent))
-    if name not in ("timeline", "curves", "embeddings"):
+    if name not in ("timeline", "curves", "minutes", "embeddings"):
         command += ["--data-dir", data_dir]
     out = succeed(visualize, *command)
     file, = tmp_path.iterdir()
@@ -1438,6 +1439,13 @@ def test_embeddings_fit_on_the_page_at_any_patch_size(patch_size):
         ViTClassifier(mae.Encoder(32, patch_size, 16, 1, 2))
     pixels = np.asarray(visualize.draw_embeddings(model, "a caption"))
     assert (pixels[:, -10:] == 255).all() and (pixels[-10:] == 255).all()
+
+
+def test_the_minutes_of_pre_training_count(tmp_path):
+    (tmp_path / "runs.csv").write_text(TABLE.format("1.5"))
+    families, machine = visualize.read_minutes(tmp_path / "runs.csv", ["c", "b"])
+    assert families == {"from scratch": [(2.5, 60)], "pre-trained, then fine-tuned": [(5.5, 70)]}
+    assert machine == "C, fp32, threads: 1"
 
 
 def test_curves_of_runs_of_different_length_differ_in_colour():
@@ -1468,6 +1476,9 @@ def test_pictures_are_read_upright_opaque_and_with_8_bits(runs, tmp_path):
 
 TILES = np.zeros((5, 3, 3, 32, 32), np.uint8)            # of five images
 LOG = "epoch,loss,test_loss,lr,seconds\n"
+TABLE = ("name,command,minutes,test_accuracy,processor,precision,threads\n"
+         "a,pretrain.py --out runs/a,4,,C,fp32,1\nc,finetune.py,2.5,60,C,fp32,1\n"
+         "b,finetune.py --init runs/a --epochs 1,{},70,C,fp32,1\n")
 BROKEN_FILES = [    # subcommand, content of the file that it reads, message
     ("reconstruct", None, "No such file"),
     ("reconstruct", b"<html>", "cannot read the picture"),
@@ -1480,6 +1491,8 @@ BROKEN_FILES = [    # subcommand, content of the file that it reads, message
     ("curves", LOG.encode(), "has no epoch yet"),
     ("curves", LOG.encode() + b"1,0.5,0.4,0.1,3\n2,0.4,0.", "line 3"),
     ("curves", LOG.encode() + b"1,much,0.4,0.1,3\n", "line 2"),
+    ("minutes", TABLE.format("nan").encode(), "no whole row of the classifier b"),
+    ("minutes", TABLE.format("").encode() + b"b\0\xff,'", "no whole row of the classifier b"),
     ("timeline", pickle.dumps(Evil()), "is damaged"),
     ("timeline", written(np.save, TILES[..., :16, :16]), "is damaged"),
     ("timeline", written(np.save, TILES[:4]), "shows other images")]
@@ -1488,7 +1501,7 @@ BROKEN_FILES = [    # subcommand, content of the file that it reads, message
 @pytest.mark.parametrize("command, content, message", BROKEN_FILES)
 def test_files_that_cannot_be_drawn(command, content, message, runs, tmp_path):
     given = file = tmp_path / "file"
-    more = ["--checkpoint", runs["pretrain"]] if command == "reconstruct" else []
+    more = {"reconstruct": ["--checkpoint", runs["pretrain"]], "minutes": ["b"]}.get(command, [])
     if command == "timeline":
         given, file = tmp_path, tmp_path / "reconstructions" / "epoch-0002.npy"
         file.parent.mkdir()

@@ -704,22 +704,24 @@ def read_minutes(path: Path, names: list[str]) -> tuple[dict[str, list[tuple[flo
 
     Raises BadInput if the table does not have the runs; OSError.
     """
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = {row.get("name"): row for row in csv.DictReader(file)}
-    families, machines = {"from scratch": [], "pre-trained, then fine-tuned": []}, set()
+    table, machines = path.read_text("utf-8", "replace").splitlines(), set()
+    families = {"from scratch": [], "pre-trained, then fine-tuned": []}
     for name in names:
         try:
+            rows = {row["name"]: row for row in csv.DictReader(table)}
             row, minutes = rows[name], float(rows[name]["minutes"])
-            flags = shlex.split(row["command"])
+            flags, accuracy = shlex.split(row["command"]), float(row["test_accuracy"])
             start = Path(flags[flags.index("--init") + 1]).name if "--init" in flags else None
             if start:
                 minutes += float(rows[start]["minutes"])
-            point = (minutes, float(row["test_accuracy"]))
+            if not (0 <= minutes < 1e9 and 0 <= accuracy <= 100):
+                raise ValueError("not minutes and an accuracy")
             machines.add(f"{row['processor']}, {row['precision']}, threads: {row['threads']}")
-        except (KeyError, ValueError, TypeError, AttributeError):
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError, csv.Error):
             raise BadInput(f"{path} has no whole row of the classifier {name}, or of its "
                            "pre-training") from None
-        families["pre-trained, then fine-tuned" if start else "from scratch"].append(point)
+        families["pre-trained, then fine-tuned" if start else "from scratch"].append(
+            (minutes, accuracy))
     return {label: points for label, points in families.items() if points}, " / ".join(machines)
 
 
