@@ -40,7 +40,7 @@ RECIPES = {                     # warmup: part of the epochs in which the learni
         mix=False, checkpoint_every=1),
     "laptop": dict(
         MODELS["laptop"], pool="mean", epochs=4, warmup=0.125, batch_size=64, base_lr=2e-2,
-        optimizer="muon", weight_decay=0.05, layer_decay=0.75, augment="crop", mask_ratio=0.5,
+        optimizer="muon", weight_decay=0.05, layer_decay=0.75, augment="flip", mask_ratio=0.5,
         mix=False, checkpoint_every=1),
     "strong": dict(
         MODELS["full"], pool="mean", epochs=100, warmup=0.05, batch_size=128, base_lr=2e-3,

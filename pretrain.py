@@ -60,7 +60,7 @@ from data import BadInput
 
 MODELS = {
     "full": dict(patch_size=2, dim=192, depth=12, heads=3),     # ViT-Tiny
-    "laptop": dict(patch_size=4, dim=128, depth=6, heads=4),
+    "laptop": dict(patch_size=4, dim=128, depth=6, heads=8),
 }
 RECIPES = {                     # warmup: part of the epochs in which the learning rate rises
     "full": dict(
@@ -69,7 +69,7 @@ RECIPES = {                     # warmup: part of the epochs in which the learni
         optimizer="adamw", weight_decay=0.05, augment="none", checkpoint_every=10,
         picture_every=50),
     "laptop": dict(
-        MODELS["laptop"], decoder_dim=64, decoder_depth=1, decoder_heads=2, mask_ratio=0.75,
+        MODELS["laptop"], decoder_dim=64, decoder_depth=1, decoder_heads=4, mask_ratio=0.75,
         norm_pix_loss=True, epochs=8, warmup=0.125, batch_size=64, base_lr=1e-2,
         optimizer="muon", weight_decay=0.05, augment="crop", checkpoint_every=1, picture_every=1),
 }

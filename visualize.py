@@ -894,7 +894,7 @@ FLAGS = {
     "TABLE": dict(type=Path, help="such as results/runs.csv"),
     "names": dict(nargs="+", help="classifiers in the table"),
     "--checkpoint": dict(type=Path, help="file, or a run's folder",
-                         default=HERE / "results" / "weights" / "pretrain-pixels.pt"),
+                         default=HERE / "results" / "weights" / "pretrain-pixels-15.pt"),
     "--indices": dict(type=whole_numbers, help="of images, such as 0,3,12 (default: the first)"),
     "--count": dict(type=data.number(int, 1, 60), default=6, help="how many images to draw"),
     "--split": dict(choices=["train", "test"], default="test", help="of the data set"),

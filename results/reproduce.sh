@@ -6,6 +6,7 @@
 #     bash results/reproduce.sh collect [NAME ...]
 #                                          logs/, runs.csv and the table in README.md, from runs/;
 #                                          weights/ of the runs that are named
+#     bash results/reproduce.sh pictures   assets/, from these and from runs/pretrain-pixels-15
 #
 # It may be stopped at any time: called again, it skips what is done and resumes what was stopped.
 # To try all of it at a tiny size:
@@ -48,14 +49,19 @@ laptop() {
         done
     done
     # what to predict, and how much to hide, at about equal cost
-    run pretrain.py pixels-3 $flags --no-norm-pix-loss --epochs 3
+    run pretrain.py pretrain-pixels $flags --no-norm-pix-loss --epochs 3
     run pretrain.py mask-50 $flags --mask-ratio 0.5 --epochs 2
     run pretrain.py mask-90 $flags --mask-ratio 0.9 --epochs 4
-    for start in pretrain-3 pixels-3 mask-50 mask-90; do
+    use pretrain-pixels linear-pixels --mode linear
+    for start in pretrain-3 mask-50 mask-90; do
         use $start linear-$start --mode linear
     done
     # the pictures
-    run pretrain.py pixels $flags --no-norm-pix-loss --epochs 20
+    run pretrain.py pretrain-pixels-15 $flags --no-norm-pix-loss --epochs 15
+    # the best accuracy
+    run pretrain.py pretrain-30 $flags --epochs 30
+    use pretrain-30 finetune-30-20 --epochs 20
+    run finetune.py scratch-20 $flags --epochs 20
 }
 
 gpu() {
@@ -65,6 +71,17 @@ gpu() {
     run finetune.py gpu-linear-$epochs $flags --init $runs/gpu-pretrain-$epochs --mode linear
     run finetune.py gpu-scratch $flags
     run finetune.py gpu-strong-$epochs $flags --recipe strong --init $runs/gpu-pretrain-$epochs
+}
+
+pictures() {
+    local sharp="--checkpoint results/weights/pretrain-pixels-15.pt"
+    python visualize.py reconstruct $sharp --out assets/reconstructions.png
+    python visualize.py ratios $sharp --out assets/ratios.png
+    python visualize.py architecture $sharp --out assets/architecture.png
+    python visualize.py timeline $runs/pretrain-pixels-15 --out assets/timeline.png
+    python visualize.py curves results/logs/finetune-30-20.csv results/logs/scratch-20.csv --out assets/curves.png
+    python visualize.py minutes results/runs.csv scratch scratch-10 scratch-20 finetune-3-2 finetune \
+        finetune-30-20 --out assets/minutes.png
 }
 
 collect() {     # collect [NAME ...]
