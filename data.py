@@ -198,7 +198,8 @@ def parse_records(path: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
 def read_class_names(folder: Path, source: Source) -> list[str]:
     """The names of the classes, or their numbers if the file with the names is not as expected."""
     try:
-        names = (folder / source.class_names).read_text(errors="replace").split()
+        text = (folder / source.class_names).read_text(errors="replace")
+        names = [line.strip() for line in text.splitlines() if line.strip()]
     except OSError:
         names = []
     numbers = [str(label) for label in range(source.num_classes)]

@@ -212,9 +212,8 @@ def check_linear(settings: argparse.Namespace) -> None:
     """Raises BadInput if a setting means nothing to a linear probe."""
     if not settings.init:
         raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
-    fixed = {name: LINEAR[name] for name in ("optimizer", "layer_decay", "augment", "mask_ratio",
-                                             "mix", "compile")}
-    fixed |= dict(repeat=1, benchmark=False)
+    fixed = dict(repeat=1, benchmark=False) | {name: LINEAR[name] for name in (
+        "optimizer", "layer_decay", "augment", "mask_ratio", "mix", "compile")}
     for name, value in fixed.items():
         if getattr(settings, name) != value:
             raise BadInput(f"--{name.replace('_', '-')}: a linear probe trains one layer on "

@@ -175,6 +175,9 @@ def parse_settings(kind: str, text: str, defaults: dict,
     settings = parser.parse_args(argv)
     if settings.benchmark and (settings.out or settings.resume):
         raise BadInput("--benchmark leaves no run: leave out --out and --resume")
+    for name in ("data_dir", "init"):                       # the run may be resumed elsewhere
+        if vars(settings).get(name):
+            setattr(settings, name, os.path.abspath(getattr(settings, name)))
     if settings.resume:
         check_same_run(settings, defaults)
     if settings.warmup_epochs is None:
@@ -182,9 +185,6 @@ def parse_settings(kind: str, text: str, defaults: dict,
     if settings.warmup_epochs > settings.epochs:
         raise BadInput(f"--warmup-epochs {settings.warmup_epochs:g} is longer than --epochs "
                        f"{settings.epochs}")
-    for name in ("data_dir", "init"):                       # the run may be resumed elsewhere
-        if vars(settings).get(name):
-            setattr(settings, name, os.path.abspath(getattr(settings, name)))
     return settings
 
 
@@ -636,7 +636,7 @@ class Run:
         if not settings.resume:
             return False
         if not path.exists():
-            if self.machine.main:
+            if self.machine.main and key == "model":
                 print("note: the run has no checkpoint yet, so it starts again", file=sys.stderr)
             return False
         checkpoint = data.load_checkpoint(path, self.kind)
@@ -714,16 +714,19 @@ def write_config(out: Path, kind: str, settings: argparse.Namespace, machine: Ma
     processor = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
     if machine.device.type == "cuda":
         processor = torch.cuda.get_device_name()
+    path, command = out / "config.json", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    if settings.resume:                                     # the command that started the run
+        command = json.loads(path.read_text()).get("command", command)
     config = {
         "settings": kept(settings, kind),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command,
         "machine": {"processor": processor, "threads": torch.get_num_threads(),
                     "processes": machine.processes},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__, "pillow": PIL.__version__},
         "commit": git.stdout.strip() or None if git else None,
     }
-    data.write_file(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    data.write_file(path, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def write_log(out: Path, log: list[dict]) -> None:
@@ -753,11 +756,13 @@ def run_benchmark(learner: Learner, epoch_batches: Callable, settings: argparse.
     """Print images/s, arithmetic and memory of whole training steps on real batches."""
     flop = count_flop(learner, epoch_batches, machine)
     settings.steps = 10 if machine.device.type == "cuda" else max(1, 256 // settings.batch_size)
-    speeds, began = [], time.monotonic()
-    while len(speeds) < 6 or time.monotonic() - began < BENCHMARK_SECONDS:
+    speeds, began, seconds = [], time.monotonic(), 0
+    while len(speeds) < 6 or seconds < BENCHMARK_SECONDS:
         batches = itertools.islice(itertools.cycle(epoch_batches(1)), settings.steps)
         _, speed = train_epoch(learner, batches, 1, data.Progress(0), settings, machine)
         speeds.append(speed)
+        seconds = torch.tensor(time.monotonic() - began, device=machine.device)
+        seconds = machine.sum(seconds) / machine.processes  # all processes go on, or none
     speed = statistics.median(speeds[1:])                   # the first one is a warm-up
     if machine.main:
         print(f"speed      {speed:,.1f} images/s (median of {len(speeds) - 1} timings of "

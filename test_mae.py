@@ -820,12 +820,17 @@ def test_a_resumed_run_computes_as_before_wherever_it_is_resumed(
     assert_close_logs(killed, runs[kind], 1e-3 if how == "--compile" else 0.03)
 
 
-def test_more_epochs_can_be_asked_for_and_what_the_schedule_does_is_said(runs, tmp_path):
+def test_more_epochs_can_be_asked_for_and_what_the_schedule_does_is_said(runs, tmp_path,
+                                                                         monkeypatch):
     out = tmp_path / "run"
     shutil.copytree(runs["pretrain"], out)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--resume"])
     text = succeed(pretrain, "--out", out, "--resume", "--epochs", 5, "--micro-batch-size", 5,
                    "--checkpoint-every", 2, "--picture-every", 2)
     assert read_settings(out)["micro_batch_size"] == 5
+    commands = [json.loads((folder / "config.json").read_text())["command"]
+                for folder in (out, runs["pretrain"])]
+    assert commands[0] == commands[1]                       # how the run was started
     assert "the cosine now ends after epoch 5, not 3" in text
     log = read_log(out)
     assert [row["epoch"] for row in log] == list("12345")
@@ -1476,9 +1481,8 @@ def test_pictures_are_read_upright_opaque_and_with_8_bits(runs, tmp_path):
 
 TILES = np.zeros((5, 3, 3, 32, 32), np.uint8)            # of five images
 LOG = "epoch,loss,test_loss,lr,seconds\n"
-TABLE = ("name,command,minutes,test_accuracy,processor,precision,threads\n"
-         "a,pretrain.py --out runs/a,4,,C,fp32,1\nc,finetune.py,2.5,60,C,fp32,1\n"
-         "b,finetune.py --init runs/a --epochs 1,{},70,C,fp32,1\n")
+TABLE = ("name,init,minutes,test_accuracy,processor,precision,threads\n"
+         "a,,4,,C,fp32,1\nc,,2.5,60,C,fp32,1\nb,a,{},70,C,fp32,1\n")
 BROKEN_FILES = [    # subcommand, content of the file that it reads, message
     ("reconstruct", None, "No such file"),
     ("reconstruct", b"<html>", "cannot read the picture"),
@@ -1491,8 +1495,8 @@ BROKEN_FILES = [    # subcommand, content of the file that it reads, message
     ("curves", LOG.encode(), "has no epoch yet"),
     ("curves", LOG.encode() + b"1,0.5,0.4,0.1,3\n2,0.4,0.", "line 3"),
     ("curves", LOG.encode() + b"1,much,0.4,0.1,3\n", "line 2"),
-    ("minutes", TABLE.format("nan").encode(), "no whole row of the classifier b"),
-    ("minutes", TABLE.format("").encode() + b"b\0\xff,'", "no whole row of the classifier b"),
+    ("minutes", TABLE.format("nan").encode(), "has no whole row of each"),
+    ("minutes", TABLE.format("").encode() + b"b\0\xff,'", "has no whole row of each"),
     ("timeline", pickle.dumps(Evil()), "is damaged"),
     ("timeline", written(np.save, TILES[..., :16, :16]), "is damaged"),
     ("timeline", written(np.save, TILES[:4]), "shows other images")]

@@ -24,7 +24,6 @@ import functools
 import io
 import json
 import math
-import shlex
 import sys
 import textwrap
 import warnings
@@ -704,28 +703,27 @@ def read_minutes(path: Path, names: list[str]) -> tuple[dict[str, list[tuple[flo
 
     Raises BadInput if the table does not have the runs; OSError.
     """
-    table, machines = path.read_text("utf-8", "replace").splitlines(), set()
-    families = {"from scratch": [], "pre-trained, then fine-tuned": []}
-    for name in names:
-        try:
-            rows = {row["name"]: row for row in csv.DictReader(table)}
-            row, minutes = rows[name], float(rows[name]["minutes"])
-            flags, accuracy = shlex.split(row["command"]), float(row["test_accuracy"])
-            start = Path(flags[flags.index("--init") + 1]).name if "--init" in flags else None
-            if start:
-                minutes += float(rows[start]["minutes"])
+    table = path.read_text("utf-8", "replace").splitlines()
+    families, machines = {"from scratch": [], "pre-trained, then fine-tuned": []}, set()
+    try:
+        rows = {row["name"]: row for row in csv.DictReader(table)}
+        for name in names:
+            row = rows[name]
+            start = row["init"]                             # the run that pre-trained it, if any
+            minutes = float(row["minutes"]) + (float(rows[start]["minutes"]) if start else 0)
+            accuracy = float(row["test_accuracy"])
             if not (0 <= minutes < 1e9 and 0 <= accuracy <= 100):
                 raise ValueError("not minutes and an accuracy")
+            families["pre-trained, then fine-tuned" if start else "from scratch"].append(
+                (minutes, accuracy))
             machines.add(f"{row['processor']}, {row['precision']}, threads: {row['threads']}")
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError, csv.Error):
-            raise BadInput(f"{path} has no whole row of the classifier {name}, or of its "
-                           "pre-training") from None
-        families["pre-trained, then fine-tuned" if start else "from scratch"].append(
-            (minutes, accuracy))
+    except (KeyError, ValueError, TypeError, csv.Error):
+        raise BadInput(f"{path} has no whole row of each of these classifiers and of their "
+                       "pre-training") from None
     return {label: points for label, points in families.items() if points}, " / ".join(machines)
 
 
-def read_settings(run: Path) -> dict:
+def settings_beside(run: Path) -> dict:
     """The settings in the config.json of a run, or beside a log, or none if there are none."""
     folder = run if run.is_dir() else run.parent
     try:
@@ -738,7 +736,7 @@ def title_of(dataset: str) -> str:
     return data.SOURCES[dataset].title if dataset in data.SOURCES else dataset
 
 
-def describe(path: Path, settings: dict) -> str:
+def run_label(path: Path, settings: dict) -> str:
     """The name of a run and, if its settings tell, its data set.
 
     It is called after its folder, or after a log or checkpoint that was renamed.
@@ -751,6 +749,7 @@ def describe(path: Path, settings: dict) -> str:
         return name
     held_out = ", validation" if settings.get("validation") else ""
     return f"{name} ({title_of(str(settings['dataset']))}{held_out})"
+
 
 def load_images(args: argparse.Namespace, dataset: str, size: int):
     """What to draw: images uint8 (n, 3, size, size), a label for each, where they are from.
@@ -793,7 +792,7 @@ def load(args: argparse.Namespace, kind: str | None = None):
     """What the flags name: model, images, their labels, caption; for `embeddings` no images."""
     model, checkpoint = data.load_model(args.checkpoint, kind)
     settings, program = checkpoint["settings"], data.PROGRAMS[checkpoint["kind"]]
-    caption = f"{describe(args.checkpoint, settings)} · {checkpoint['epoch']} epochs of {program}"
+    caption = f"{run_label(args.checkpoint, settings)} · {checkpoint['epoch']} epochs of {program}"
     if "images" not in args:
         return model, None, None, caption
     images, labels, source = load_images(args, settings["dataset"], encoder_of(model).image_size)
@@ -822,8 +821,8 @@ def run_ratios(args: argparse.Namespace) -> Image.Image:
 
 def run_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
     """The same images and masks over a run: .png is a sheet, .gif and .webp are animations."""
-    epochs, settings = read_epochs(args.RUN), read_settings(args.RUN)
-    caption = describe(args.RUN, settings)
+    epochs, settings = read_epochs(args.RUN), settings_beside(args.RUN)
+    caption = run_label(args.RUN, settings)
     if isinstance(settings.get("mask_ratio"), float):
         norm_pix_loss = settings.get("norm_pix_loss") is True
         caption += f" · {conditions(settings['mask_ratio'], norm_pix_loss)}"
@@ -838,7 +837,7 @@ def run_curves(args: argparse.Namespace) -> Image.Image:
     """Losses, accuracies and learning rates of runs."""
     runs = {}
     for path in args.logs:
-        label = describe(path, read_settings(path))
+        label = run_label(path, settings_beside(path))
         runs[label if label not in runs else str(path)] = read_log(path)
     return draw_curves(runs, args.x, args.log, args.metric)
 
@@ -894,7 +893,7 @@ FLAGS = {
     "TABLE": dict(type=Path, help="such as results/runs.csv"),
     "names": dict(nargs="+", help="classifiers in the table"),
     "--checkpoint": dict(type=Path, help="file, or a run's folder",
-                         default=HERE / "results" / "weights" / "pretrain-pixels-15.pt"),
+                         default=HERE / "results" / "weights" / "pretrain-pixels.pt"),
     "--indices": dict(type=whole_numbers, help="of images, such as 0,3,12 (default: the first)"),
     "--count": dict(type=data.number(int, 1, 60), default=6, help="how many images to draw"),
     "--split": dict(choices=["train", "test"], default="test", help="of the data set"),

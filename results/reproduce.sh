@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Make the runs of this folder again, from the root of the repository:
 #
-#     bash results/reproduce.sh laptop     everything in the tables
+#     bash results/reproduce.sh laptop     everything in the table of all runs
 #     bash results/reproduce.sh gpu        the recipes `full` and `strong` (EPOCHS=200: sooner)
 #     bash results/reproduce.sh collect [NAME ...]
 #                                          logs/, runs.csv and the table in README.md, from runs/;
 #                                          weights/ of the runs that are named
-#     bash results/reproduce.sh pictures   assets/, from these and from runs/pretrain-pixels-15
+#     bash results/reproduce.sh pictures   assets/, from these and from runs/pretrain-pixels
 #
 # It may be stopped at any time: called again, it skips what is done and resumes what was stopped.
 # To try all of it at a tiny size:
 #
-#     RUNS=/tmp/try LABELS=2 HELD_OUT=8 EPOCHS=1 FLAGS="--limit 64 --epochs 1 --batch-size 32 --dim 48 --depth 1 --heads 3"
+#     RUNS=/tmp/try LABELS=2 EPOCHS=1 FLAGS="--limit 64 --epochs 1 --batch-size 32 --dim 48 --depth 1 --heads 3"
 set -euo pipefail
 runs=${RUNS:-runs}
 
@@ -35,33 +35,31 @@ laptop() {
     run finetune.py scratch $flags
     use pretrain finetune
     use pretrain linear --mode linear
-    # as much time with and without pre-training
-    run pretrain.py pretrain-3 $flags --epochs 3
-    use pretrain-3 finetune-3-2 --epochs 2
+    # as much time without pre-training
     run finetune.py scratch-10 $flags --epochs 10
     # few labels: three draws of labels, 20,000 images shown
     local seed labels
     for seed in 0 1 2; do
         for labels in ${LABELS:-10 50 250}; do
-            local few="--labels-per-class $labels --repeat $((500 / labels)) --epochs 4 --mix"
+            local few="--labels-per-class $labels --repeat $((2000 / labels)) --epochs 1 --mix --augment crop"
             run finetune.py scratch-$labels-labels-$seed $flags $few --seed $seed
             use pretrain finetune-$labels-labels-$seed $few --seed $seed
         done
     done
+    # the pictures
+    run pretrain.py pretrain-pixels $flags --no-norm-pix-loss
     # what to predict, and how much to hide, at about equal cost
-    run pretrain.py pretrain-pixels $flags --no-norm-pix-loss --epochs 3
+    run pretrain.py pretrain-3 $flags --epochs 3
+    run pretrain.py pixels-3 $flags --no-norm-pix-loss --epochs 3
     run pretrain.py mask-50 $flags --mask-ratio 0.5 --epochs 2
     run pretrain.py mask-90 $flags --mask-ratio 0.9 --epochs 4
-    use pretrain-pixels linear-pixels --mode linear
-    for start in pretrain-3 mask-50 mask-90; do
+    for start in pretrain-3 pixels-3 mask-50 mask-90; do
         use $start linear-$start --mode linear
     done
-    # the pictures
-    run pretrain.py pretrain-pixels-15 $flags --no-norm-pix-loss --epochs 15
-    # the best accuracy
-    run pretrain.py pretrain-30 $flags --epochs 30
-    use pretrain-30 finetune-30-20 --epochs 20
-    run finetune.py scratch-20 $flags --epochs 20
+    # the best accuracy, with the settings of its time
+    run pretrain.py pretrain-30 $flags --heads 4 --decoder-heads 2 --epochs 30
+    use pretrain-30 finetune-30-20 --epochs 20 --augment crop
+    run finetune.py scratch-20 $flags --heads 4 --epochs 20 --augment crop
 }
 
 gpu() {
@@ -74,14 +72,14 @@ gpu() {
 }
 
 pictures() {
-    local sharp="--checkpoint results/weights/pretrain-pixels-15.pt"
+    local sharp="--checkpoint results/weights/pretrain-pixels.pt"
     python visualize.py reconstruct $sharp --out assets/reconstructions.png
     python visualize.py ratios $sharp --out assets/ratios.png
     python visualize.py architecture $sharp --out assets/architecture.png
-    python visualize.py timeline $runs/pretrain-pixels-15 --out assets/timeline.png
+    python visualize.py timeline $runs/pretrain-pixels --out assets/timeline.png
     python visualize.py curves results/logs/finetune-30-20.csv results/logs/scratch-20.csv --out assets/curves.png
-    python visualize.py minutes results/runs.csv scratch scratch-10 scratch-20 finetune-3-2 finetune \
-        finetune-30-20 --out assets/minutes.png
+    python visualize.py minutes results/runs.csv scratch scratch-10 scratch-20 finetune finetune-30-20 \
+        --out assets/minutes.png
 }
 
 collect() {     # collect [NAME ...]
@@ -98,17 +96,19 @@ for name in sys.argv[3:]:
     data.save_checkpoint(results / "weights" / f"{name}.pt", checkpoint)
 with open(results / "runs.csv") as file:
     rows = {row["name"]: row for row in csv.DictReader(file)}
-columns = list(next(iter(rows.values())))
+columns = ["name", "command", "init", "epochs", "test_loss", "test_accuracy", "minutes", "processor",
+           "threads", "precision", "torch", "commit"]
 (results / "logs").mkdir(exist_ok=True)
 for out in sorted(path.parent for path in runs.glob("*/weights.pt")):
     config = json.loads((out / "config.json").read_text())
+    settings, machine = config["settings"], config["machine"]
     with open(out / "log.csv") as file:
         log = list(csv.DictReader(file))
     minutes = sum(float(row["seconds"]) for row in log) / 60
     rows[out.name] = dict(zip(columns, (
-        out.name, config["command"], log[-1]["epoch"], log[-1]["test_loss"],
-        log[-1].get("test_accuracy", ""), f"{minutes:.1f}", config["machine"]["processor"],
-        config["machine"]["threads"], config["settings"]["precision"],
+        out.name, config["command"], os.path.basename(settings.get("init") or ""),
+        log[-1]["epoch"], log[-1]["test_loss"], log[-1].get("test_accuracy", ""), f"{minutes:.1f}",
+        machine["processor"], machine["threads"], settings["precision"],
         config["versions"]["torch"].split("+")[0], config["commit"]), strict=True))
     shutil.copy(out / "log.csv", results / "logs" / f"{out.name}.csv")
 with open(results / "runs.csv", "w", newline="") as file:
@@ -129,4 +129,5 @@ page.write_text(text)
 PYTHON
 }
 
+if [ $# = 0 ]; then sed -n '2,/^set/s/^# *//p' "$0"; exit 2; fi
 "$@"
