@@ -151,7 +151,7 @@ def choose_defaults(kind: str, recipes: dict,
                     argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """The flags that decide the defaults of the others, and these defaults: the settings of the run
     that is resumed, or else those of a recipe. Raises BadInput."""
-    flags = data.FLAGS["classifier"] | data.RUN_FLAGS
+    flags = data.FLAGS["classifier"] | data.RUN_FLAGS       # init and mode: of finetune.py
     parser = data.Parser(add_help=False)
     parser.add_flags({name: flags[name] for name in ("init", "mode", "out", "resume")})
     parser.add_argument("--recipe", choices=list(recipes),

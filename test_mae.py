@@ -837,6 +837,12 @@ def test_more_epochs_can_be_asked_for_and_what_the_schedule_does_is_said(runs, t
     assert log[:3] == read_log(runs["pretrain"]) and float(log[3]["lr"]) > 0 == float(log[4]["lr"])
 
 
+def test_the_flags_of_a_run_may_be_repeated_when_it_is_resumed(runs, flags, tmp_path):
+    shutil.copytree(runs["finetune"], tmp_path / "run")
+    init = os.path.relpath(runs["pretrain"])                # config.json has the absolute path
+    succeed(finetune, *flags["finetune"], "--init", init, "--out", tmp_path / "run", "--resume")
+
+
 @pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])
 def test_a_run_whose_folder_is_taken_away_ends_and_leaves_another_run_alone(
         replaced, flags, runs, tmp_path):

@@ -37,17 +37,18 @@ laptop() {
     use pretrain linear --mode linear
     # as much time without pre-training
     run finetune.py scratch-10 $flags --epochs 10
-    # few labels: three draws of labels, 20,000 images shown
+    # few labels: three draws of labels, 10,000 images shown
     local seed labels
     for seed in 0 1 2; do
         for labels in ${LABELS:-10 50 250}; do
-            local few="--labels-per-class $labels --repeat $((2000 / labels)) --epochs 1 --mix --augment crop"
-            run finetune.py scratch-$labels-labels-$seed $flags $few --seed $seed
+            local few="--labels-per-class $labels --repeat $((1000 / labels)) --epochs 1"
+            few+=" --mix --augment crop"
             use pretrain finetune-$labels-labels-$seed $few --seed $seed
+            run finetune.py scratch-$labels-labels-$seed $flags $few --seed $seed
         done
     done
     # the pictures
-    run pretrain.py pretrain-pixels $flags --no-norm-pix-loss
+    run pretrain.py pretrain-pixels $flags --no-norm-pix-loss --epochs 5
     # what to predict, and how much to hide, at about equal cost
     run pretrain.py pretrain-3 $flags --epochs 3
     run pretrain.py pixels-3 $flags --no-norm-pix-loss --epochs 3
@@ -77,9 +78,10 @@ pictures() {
     python visualize.py ratios $sharp --out assets/ratios.png
     python visualize.py architecture $sharp --out assets/architecture.png
     python visualize.py timeline $runs/pretrain-pixels --out assets/timeline.png
-    python visualize.py curves results/logs/finetune-30-20.csv results/logs/scratch-20.csv --out assets/curves.png
-    python visualize.py minutes results/runs.csv scratch scratch-10 scratch-20 finetune finetune-30-20 \
-        --out assets/minutes.png
+    python visualize.py curves results/logs/finetune-30-20.csv results/logs/scratch-20.csv \
+        --out assets/curves.png
+    python visualize.py minutes results/runs.csv scratch scratch-10 scratch-20 finetune \
+        finetune-30-20 --out assets/minutes.png
 }
 
 collect() {     # collect [NAME ...]
