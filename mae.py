@@ -213,8 +213,9 @@ def sine_cosine(N: int, D: int) -> Tensor:
     """The initial position embeddings of N patches, (N, D): sines and cosines of each patch's row,
     then of its column (Vaswani et al. 2017, arXiv 1706.03762, section 3.5; MAE, appendix A.1).
 
-    The original frequencies fall from 1 to 1/10,000 and suit long texts. Ours fall from 1 to 1/side,
-    the side of the grid in patches, since slower waves would hardly change from patch to patch.
+    The original frequencies fall from 1 to 1/10,000 and suit long texts. Ours fall from 1 to
+    1/side, the side of the grid in patches, since slower waves would hardly change from patch to
+    patch.
     """
     side, waves = math.isqrt(N), D // 4
     frequencies = side ** (-torch.arange(waves) / max(waves, 1))    # (D/4)
