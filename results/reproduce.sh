@@ -37,18 +37,18 @@ laptop() {
     use pretrain linear --mode linear
     # as much time without pre-training
     run finetune.py scratch-10 $flags --epochs 10
-    # few labels: three draws of labels, 10,000 images shown
+    # few labels: three draws of labels; each image is shown 20 times, of very few labels 100 times
     local seed labels
     for seed in 0 1 2; do
         for labels in ${LABELS:-10 50 250}; do
-            local few="--labels-per-class $labels --repeat $((1000 / labels)) --epochs 1"
+            local few="--labels-per-class $labels --repeat $((labels < 50 ? 100 : 20)) --epochs 1"
             few+=" --mix --augment crop"
             use pretrain finetune-$labels-labels-$seed $few --seed $seed
             run finetune.py scratch-$labels-labels-$seed $flags $few --seed $seed
         done
     done
     # the pictures
-    run pretrain.py pretrain-pixels $flags --no-norm-pix-loss --epochs 5
+    run pretrain.py pretrain-pixels $flags --no-norm-pix-loss --epochs 20
     # what to predict, and how much to hide, at about equal cost
     run pretrain.py pretrain-3 $flags --epochs 3
     run pretrain.py pixels-3 $flags --no-norm-pix-loss --epochs 3
