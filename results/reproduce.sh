@@ -9,7 +9,7 @@
 #     bash results/reproduce.sh pictures   assets/, from these and from runs/pretrain-pixels
 #
 # It may be stopped at any time: called again, it skips what is done and resumes what was stopped.
-# To try all of it at a tiny size:
+# To try it at a tiny size, put this in front of a command:
 #
 #     RUNS=/tmp/try LABELS=2 EPOCHS=1 FLAGS="--limit 64 --epochs 1 --batch-size 32 --dim 48 --depth 1 --heads 3"
 set -euo pipefail
