@@ -37,7 +37,7 @@ laptop() {
     use pretrain linear --mode linear
     # as much time without pre-training
     run finetune.py scratch-10 $flags --epochs 10
-    # few labels: three draws of labels; each image is shown 20 times, of very few labels 100 times
+    # few labels: three draws of labels; each image shown 20 times, or 100 if there are very few
     local seed labels
     for seed in 0 1 2; do
         for labels in ${LABELS:-10 50 250}; do
