@@ -1453,11 +1453,11 @@ def test_embeddings_fit_on_the_page_at_any_patch_size(patch_size):
     assert (pixels[:, -10:] == 255).all() and (pixels[-10:] == 255).all()
 
 
-def test_the_minutes_of_pre_training_count(tmp_path):
+def test_the_minutes_of_pre_training_and_of_each_thread_count(tmp_path):
     (tmp_path / "runs.csv").write_text(TABLE.format("1.5"))
     families, machine = visualize.read_minutes(tmp_path / "runs.csv", ["c", "b"])
-    assert families == {"from scratch": [(2.5, 60)], "pre-trained, then fine-tuned": [(5.5, 70)]}
-    assert machine == "C, fp32, threads: 1"
+    assert families == {"from scratch": [(2.5, 60)], "pre-trained, then fine-tuned": [(9.5, 70)]}
+    assert machine == "C, fp32"
 
 
 def test_curves_of_runs_of_different_length_differ_in_colour():
@@ -1489,7 +1489,7 @@ def test_pictures_are_read_upright_opaque_and_with_8_bits(runs, tmp_path):
 TILES = np.zeros((5, 3, 3, 32, 32), np.uint8)            # of five images
 LOG = "epoch,loss,test_loss,lr,seconds\n"
 TABLE = ("name,init,minutes,test_accuracy,processor,precision,threads\n"
-         "a,,4,,C,fp32,1\nc,,2.5,60,C,fp32,1\nb,a,{},70,C,fp32,1\n")
+         "a,,4,,C,fp32,2\nc,,2.5,60,C,fp32,1\nb,a,{},70,C,fp32,1\n")
 BROKEN_FILES = [    # subcommand, content of the file that it reads, message
     ("reconstruct", None, "No such file"),
     ("reconstruct", b"<html>", "cannot read the picture"),

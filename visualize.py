@@ -6,7 +6,7 @@ Input: a model and images, or what runs have written. Output: a PIL image; of th
     ratios        the same images at growing mask ratios    MAE, figure 4
     timeline      the same images and masks over a run      a sheet or an animation
     curves        losses, accuracies, learning rates        of one run or several
-    minutes       accuracy against all minutes of training  with and without pre-training
+    minutes       accuracy against core-minutes             with and without pre-training
     attention     where a token looks, head by head         ViT, section 4.5
     embeddings    positions compared, patch filters         ViT, figure 7
     architecture  a batch on its way through the model      MAE, figure 1
@@ -426,7 +426,7 @@ def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False
 
 
 def draw_minutes(families: dict[str, list[tuple[float, float]]], caption: str) -> Image.Image:
-    """What whole runs reach, against the minutes that they took in all.
+    """What whole runs reach, against the minutes of one CPU core that they took in all.
 
     families: for each label in the legend, (minutes, accuracy in %) of at least one run.
     """
@@ -439,7 +439,7 @@ def draw_minutes(families: dict[str, list[tuple[float, float]]], caption: str) -
     top = sheet.top + legend_height
     draw_panel(sheet, (MARGIN, top, WIDTH - MARGIN, top + height),
                "test accuracy after the last epoch, in %",
-               "minutes of training in all, pre-training included", lines, log=False)
+               "core-minutes of training in all, pre-training included", lines, log=False)
     return sheet.picture()
 
 
@@ -698,8 +698,9 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def read_minutes(path: Path, names: list[str]) -> tuple[dict[str, list[tuple[float, float]]], str]:
-    """(minutes, accuracy) of runs with and without pre-training, from a table like
-    results/runs.csv, and where they ran. The minutes of a run's pre-training are included.
+    """(core-minutes, accuracy) of runs with and without pre-training, from a table like
+    results/runs.csv, and where they ran. A minute of two threads is two core-minutes, and those of
+    a run's pre-training are included.
 
     Raises BadInput if the table does not have the runs; OSError.
     """
@@ -710,13 +711,14 @@ def read_minutes(path: Path, names: list[str]) -> tuple[dict[str, list[tuple[flo
         for name in names:
             row = rows[name]
             start = row["init"]                             # the run that pre-trained it, if any
-            minutes = float(row["minutes"]) + (float(rows[start]["minutes"]) if start else 0)
+            minutes = sum(float(part["minutes"]) * int(part["threads"])
+                          for part in ([rows[start], row] if start else [row]))
             accuracy = float(row["test_accuracy"])
             if not (0 <= minutes < 1e9 and 0 <= accuracy <= 100):
                 raise ValueError("not minutes and an accuracy")
             families["pre-trained, then fine-tuned" if start else "from scratch"].append(
                 (minutes, accuracy))
-            machines.add(f"{row['processor']}, {row['precision']}, threads: {row['threads']}")
+            machines.add(f"{row['processor']}, {row['precision']}")
     except (KeyError, ValueError, TypeError, csv.Error):
         raise BadInput(f"{path} has no whole row of each of these classifiers and of their "
                        "pre-training") from None
@@ -843,7 +845,7 @@ def run_curves(args: argparse.Namespace) -> Image.Image:
 
 
 def run_minutes(args: argparse.Namespace) -> Image.Image:
-    """Accuracies of whole runs against all minutes of training."""
+    """Accuracies of whole runs against all core-minutes of training."""
     families, machines = read_minutes(args.TABLE, args.names)
     return draw_minutes(families, machines)
 

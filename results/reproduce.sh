@@ -57,9 +57,9 @@ laptop() {
     for start in pretrain-3 pixels-3 mask-50 mask-90; do
         use $start linear-$start --mode linear
     done
-    # the best accuracy, with the settings of its time
-    run pretrain.py pretrain-30 $flags --heads 4 --decoder-heads 2 --epochs 30
-    use pretrain-30 finetune-30-20 --epochs 20 --augment crop
+    # the best accuracy; the last with the settings of its time
+    run pretrain.py pretrain-20 $flags --epochs 20
+    use pretrain-20 finetune-20-20 --epochs 20 --augment crop
     run finetune.py scratch-20 $flags --heads 4 --epochs 20 --augment crop
 }
 
@@ -78,10 +78,10 @@ pictures() {
     python visualize.py ratios $sharp --out assets/ratios.png
     python visualize.py architecture $sharp --out assets/architecture.png
     python visualize.py timeline $runs/pretrain-pixels --out assets/timeline.png
-    python visualize.py curves results/logs/finetune-30-20.csv results/logs/scratch-20.csv \
+    python visualize.py curves results/logs/finetune-20-20.csv results/logs/scratch-20.csv \
         --out assets/curves.png
     python visualize.py minutes results/runs.csv scratch scratch-10 scratch-20 finetune \
-        finetune-30-20 --out assets/minutes.png
+        finetune-20-20 --out assets/minutes.png
 }
 
 collect() {     # collect [NAME ...]
