@@ -1453,7 +1453,7 @@ def test_embeddings_fit_on_the_page_at_any_patch_size(patch_size):
     assert (pixels[:, -10:] == 255).all() and (pixels[-10:] == 255).all()
 
 
-def test_the_minutes_of_pre_training_and_of_each_thread_count(tmp_path):
+def test_minutes_count_for_every_thread_and_for_pre_training(tmp_path):
     (tmp_path / "runs.csv").write_text(TABLE.format("1.5"))
     families, machine = visualize.read_minutes(tmp_path / "runs.csv", ["c", "b"])
     assert families == {"from scratch": [(2.5, 60)], "pre-trained, then fine-tuned": [(9.5, 70)]}

@@ -428,7 +428,7 @@ def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False
 def draw_minutes(families: dict[str, list[tuple[float, float]]], caption: str) -> Image.Image:
     """What whole runs reach, against the minutes of one CPU core that they took in all.
 
-    families: for each label in the legend, (minutes, accuracy in %) of at least one run.
+    families: for each label in the legend, (core-minutes, accuracy in %) of at least one run.
     """
     lines, height = [], 620                                 # of the panel
     for points, color in zip(families.values(), COLORS):
