@@ -445,7 +445,7 @@ def locked(folder: Path):
         os.close(handle)
 
 
-CHECKPOINT_VERSION = 4
+CHECKPOINT_VERSION = 5
 PROGRAMS = {"pretrain": "pretrain.py", "classifier": "finetune.py"}     # by kind of run
 MEASURED = ("lr", "seconds", "images_per_second", "peak_memory_mb")     # lr at the epoch's end
 LOG_COLUMNS = {
@@ -600,7 +600,7 @@ COMMON_FLAGS = {                # of pretrain.py and finetune.py
 }
 FLAGS = {                       # the settings of a run, by kind
     "pretrain": COMMON_FLAGS | {
-        "recipe": dict(choices=["full", "laptop"], help="set of defaults"),
+        "recipe": dict(choices=["full", "laptop", "lunch"], help="set of defaults"),
         "mask_ratio": dict(type=number(float, 0, 1, open_ends=True), help="part of the patches "
                            "that is hidden"),
         "norm_pix_loss": dict(action=SWITCH, help="predict each patch normalised by its own mean "
@@ -611,7 +611,7 @@ FLAGS = {                       # the settings of a run, by kind
         "picture_every": dict(type=COUNT, help="epochs from picture to picture"),
     },
     "classifier": COMMON_FLAGS | {
-        "recipe": dict(choices=["full", "laptop", "strong"], help="set of defaults"),
+        "recipe": dict(choices=["full", "laptop", "lunch", "strong"], help="set of defaults"),
         "init": dict(help="checkpoint or run folder of pretrain.py, whose encoder is the start "
                      "(default: from scratch)"),
         "mode": dict(choices=["finetune", "linear"], default="finetune", help="finetune: all "
@@ -622,6 +622,8 @@ FLAGS = {                       # the settings of a run, by kind
                             "factor of that of the layer above"),
         "mask_ratio": dict(type=number(float, 0, 1), help="part of the patches that is left out "
                            "of training images"),
+        "whole_epochs": dict(metavar="N", type=number(int, 0, 10**6), help="no patches are left "
+                             "out in the last N epochs, as in testing"),
         "mix": dict(action=SWITCH, help="mixup or CutMix: mix each training image, and its label, "
                     "with another one"),
         "labels_per_class": dict(metavar="N", type=COUNT, help="train on N random images of each "

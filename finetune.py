@@ -37,20 +37,22 @@ RECIPES = {                     # warmup: part of the epochs in which the learni
     "full": dict(
         MODELS["full"], pool="cls", epochs=100, warmup=0.05, batch_size=128, base_lr=1e-3,
         optimizer="adamw", weight_decay=0.05, layer_decay=1.0, augment="none", mask_ratio=0.0,
-        mix=False, checkpoint_every=1),
+        mix=False, whole_epochs=0, checkpoint_every=1),
     "laptop": dict(
         MODELS["laptop"], pool="mean", epochs=4, warmup=0.125, batch_size=64, base_lr=2e-2,
         optimizer="muon", weight_decay=0.05, layer_decay=0.75, augment="flip", mask_ratio=0.5,
-        mix=False, checkpoint_every=1),
+        mix=False, whole_epochs=0, checkpoint_every=1),
     "strong": dict(
         MODELS["full"], pool="mean", epochs=100, warmup=0.05, batch_size=128, base_lr=2e-3,
         optimizer="adamw", weight_decay=0.05, layer_decay=0.8, augment="crop", mask_ratio=0.0,
-        mix=True, checkpoint_every=1),
+        mix=True, whole_epochs=0, checkpoint_every=1),
 }
+RECIPES["lunch"] = RECIPES["laptop"] | dict(
+    epochs=44, whole_epochs=4, batch_size=128, base_lr=1.4e-2, augment="crop")
 LINEAR = dict(                  # with --mode linear, over the recipe
     epochs=100, warmup=0.1, batch_size=512, micro_batch_size=512, base_lr=1e-2, optimizer="adamw",
-    weight_decay=0.0, layer_decay=1.0, augment="none", mask_ratio=0.0, mix=False, compile=False,
-    checkpoint_every=10)
+    weight_decay=0.0, layer_decay=1.0, augment="none", mask_ratio=0.0, mix=False, whole_epochs=0,
+    compile=False, checkpoint_every=10)
 HELP = """Fine-tune a pre-trained encoder, probe it, or train from scratch. With --evaluate
 CHECKPOINT instead: print the test accuracy of a saved classifier, in float32 unless --precision
 says otherwise, and train nothing."""
@@ -143,6 +145,7 @@ def labelled_batches(dataset: data.Dataset, num_patches: int, epoch: int,
     """The batches of an epoch: images (B, 3, H, W) of -1..1; labels (B,) or, if images are mixed,
     (B, classes); and, if patches are left out, noise (B, N)."""
     images, labels = dataset.train_images, dataset.train_labels
+    drop = settings.mask_ratio and epoch <= settings.epochs - settings.whole_epochs
     generator = data.seeded_generator(images.device, settings.seed, epoch)
     order = data.epoch_order(len(images) * settings.repeat, settings.batch_size, generator)
     for ids in order % len(images):
@@ -151,7 +154,7 @@ def labelled_batches(dataset: data.Dataset, num_patches: int, epoch: int,
             targets = F.one_hot(targets, len(dataset.classes)).float()
             batch, targets = data.mix(batch, targets, generator)
         noise = [torch.rand(len(ids), num_patches, generator=generator, device=images.device)
-                 ] if settings.mask_ratio else []
+                 ] if drop else []
         yield data.scale(batch), targets, *noise
 
 
@@ -213,7 +216,7 @@ def check_linear(settings: argparse.Namespace) -> None:
     if not settings.init:
         raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
     fixed = dict(repeat=1, benchmark=False) | {name: LINEAR[name] for name in (
-        "optimizer", "layer_decay", "augment", "mask_ratio", "mix", "compile")}
+        "optimizer", "layer_decay", "augment", "mask_ratio", "mix", "whole_epochs", "compile")}
     for name, value in fixed.items():
         if getattr(settings, name) != value:
             raise BadInput(f"--{name.replace('_', '-')}: a linear probe trains one layer on "

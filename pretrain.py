@@ -73,6 +73,7 @@ RECIPES = {                     # warmup: part of the epochs in which the learni
         norm_pix_loss=True, epochs=8, warmup=0.125, batch_size=64, base_lr=1e-2,
         optimizer="muon", weight_decay=0.05, augment="crop", checkpoint_every=1, picture_every=1),
 }
+RECIPES["lunch"] = RECIPES["laptop"] | dict(epochs=40, batch_size=128, base_lr=7e-3)
 TEST_IMAGES = 1000              # the first ones, for the test loss
 PICTURED = 12                   # the first ones of these, for the reconstructions
 BENCHMARK_SECONDS = 15          # at least
@@ -282,7 +283,7 @@ def on_machine(settings: argparse.Namespace):
               file=sys.stderr)
     settings.compile = decide_to_compile(settings.compile, device)
     if settings.micro_batch_size is None:
-        settings.micro_batch_size = 512 if name == "cuda" else 64
+        settings.micro_batch_size = 512 if name == "cuda" else 128
     keep_freed_memory()
     if processes > 1:                                       # the main process may download for long
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=1),
@@ -547,19 +548,21 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     rounding of small s^2 would grow from step to step.
     """
     if matrices.shape[1] > matrices.shape[2]:               # the other square matrix is smaller
-        return orthogonalize(matrices.mT, dtype).mT
+        return orthogonalize(matrices.mT.contiguous(), dtype).mT
     x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)    # no s above 1
+    identity = torch.eye(x.shape[1], dtype=dtype, device=x.device)
+
+    def factor(gram: Tensor) -> Tensor:                     # (n, r, r) -> (n, r, r)
+        return 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
+
     if dtype == torch.bfloat16:
         for _ in range(5):
-            gram = x @ x.mT                                 # (n, r, r)
-            x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+            x = factor(x @ x.mT) @ x
         return x                                            # (n, r, c)
-    gram = x @ x.mT                                         # (n, r, r)
-    factors = identity = torch.eye(x.shape[1], dtype=dtype, device=x.device)
+    gram, factors = x @ x.mT, identity
     for _ in range(5):
-        factor = 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
-        factors = factor @ factors
-        gram = factor @ gram @ factor
+        step = factor(gram)
+        gram, factors = step @ gram @ step, step @ factors
     return factors @ x                                      # (n, r, c)
 
 
