@@ -237,7 +237,7 @@ def test_parameters_are_as_designed():
     assert "embed.weight" in tiny_mae().decoder.state_dict()    # other widths
 
 
-@pytest.mark.parametrize("recipe", ["full", "laptop"])
+@pytest.mark.parametrize("recipe", pretrain.RECIPES)
 def test_the_first_loss_is_about_that_of_predicting_grey(recipe):
     torch.manual_seed(0)
     model = data.build_model("pretrain", pretrain.RECIPES[recipe])
@@ -1149,7 +1149,7 @@ BAD_INPUT = [
     (finetune, "--resume --out {runs}/finetune --mode linear", "--mode: the run in"),
     (finetune, "--mode linear", "--mode linear needs --init"),
     *((finetune, f"--mode linear --init {{runs}}/pretrain {flag}", flag.split()[0])
-      for flag in ("--augment flip", "--mix", "--layer-decay 0.5", "--repeat 2", "--benchmark")),
+      for flag in ("--augment flip", "--mix", "--whole-epochs 1", "--layer-decay 0.5", "--repeat 2", "--benchmark")),
     (finetune, "--evaluate {empty}/file", "file is not a checkpoint, or it is damaged"),
     (finetune, "--evaluate {runs}/pretrain", "from finetune.py is needed"),
     (finetune, "--evaluate {runs}/finetune --dataset cifar100", "distinguishes 10 classes"),
@@ -1569,7 +1569,8 @@ def test_every_command_in_the_readme_works(tmp_path, data_dir, monkeypatch):
             for pair in ("--labels-per-class 2", "--validation 8", "--repeat 2",
                          "--decoder-depth 1"):
                 flags += pair.split() if pair.split()[0] in flags else []
-            flags += shlex.split("--epochs 1 --batch-size 100 --device cpu --precision fp32")
+            flags += shlex.split("--epochs 1 --batch-size 100 --device cpu --precision fp32 "
+                                 "--no-compile")
         if command in COMMANDS[:i]:                         # the same, by torchrun
             flags += ["--out", f"runs/{i}"]
         status, _, err = run(sys.modules[file.removesuffix(".py")], *flags)
@@ -1611,7 +1612,7 @@ def test_the_table_of_the_results_says_what_the_logs_say(tmp_path, monkeypatch):
         assert float(rows[path.stem]["test_loss"]) == log[-1]["test_loss"]
 
 
-@pytest.mark.parametrize("tier", ["laptop", "gpu"])
+@pytest.mark.parametrize("tier", ["laptop", "lunch", "gpu"])
 def test_the_script_of_the_results_can_be_stopped_and_ends(tier, data_dir, tmp_path, monkeypatch):
     """First with a stand-in for python, which says what it is to do; then what it said."""
     script = (RESULTS / "reproduce.sh").read_text()
@@ -1627,7 +1628,7 @@ def test_the_script_of_the_results_can_be_stopped_and_ends(tier, data_dir, tmp_p
 
     begun = commands("config.json")
     resumed = [" ".join(command.split()[:3]) + " --resume" for command in begun]
-    assert len(begun) >= 5 and commands("weights.pt") == resumed and commands("weights.pt") == []
+    assert len(begun) >= 3 and commands("weights.pt") == resumed and commands("weights.pt") == []
     shutil.rmtree(tmp_path / "runs")
     os.symlink(data_dir, "data")
     for command in begun:
