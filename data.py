@@ -577,7 +577,7 @@ COMMON_FLAGS = {                # of pretrain.py and finetune.py
     "batch_size": dict(type=COUNT, help="images per optimizer step, over all processes"),
     "micro_batch_size": dict(type=COUNT, help="images that a process computes at once; their "
                              "gradients add up to that of the batch (default: 512 on CUDA, "
-                             "else 64)"),
+                             "else 128)"),
     "base_lr": dict(type=number(float, 0, 1000, open_ends=True), help="learning rate for a batch "
                     "of 256; the one used is this x batch size / 256"),
     "optimizer": dict(choices=["adamw", "muon"], help="muon: orthogonalised updates for the "

@@ -1149,7 +1149,8 @@ BAD_INPUT = [
     (finetune, "--resume --out {runs}/finetune --mode linear", "--mode: the run in"),
     (finetune, "--mode linear", "--mode linear needs --init"),
     *((finetune, f"--mode linear --init {{runs}}/pretrain {flag}", flag.split()[0])
-      for flag in ("--augment flip", "--mix", "--whole-epochs 1", "--layer-decay 0.5", "--repeat 2", "--benchmark")),
+      for flag in ("--augment flip", "--mix", "--whole-epochs 1", "--layer-decay 0.5",
+                   "--repeat 2", "--benchmark")),
     (finetune, "--evaluate {empty}/file", "file is not a checkpoint, or it is damaged"),
     (finetune, "--evaluate {runs}/pretrain", "from finetune.py is needed"),
     (finetune, "--evaluate {runs}/finetune --dataset cifar100", "distinguishes 10 classes"),
