@@ -67,7 +67,7 @@ lunch() {
     local flags="--recipe lunch --dataset cifar10 --compile"
     run pretrain.py pretrain-lunch $flags
     run finetune.py finetune-lunch $flags --init $runs/pretrain-lunch
-    run finetune.py scratch-lunch $flags --epochs 72
+    run finetune.py scratch-lunch $flags --epochs 69
 }
 
 gpu() {
