@@ -36,6 +36,9 @@ laptop() {
     run finetune.py scratch $flags
     use pretrain finetune
     use pretrain linear --mode linear
+    # the same on a processor with bfloat16
+    run pretrain.py pretrain-bf16 $flags --precision bf16
+    use pretrain-bf16 finetune-bf16 --precision bf16
     # as much time without pre-training
     run finetune.py scratch-10 $flags --epochs 10
     # few labels: three draws of labels; each image shown 20 times, or 100 if there are very few
