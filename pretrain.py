@@ -757,7 +757,7 @@ def peak_memory_mb(device: torch.device) -> int:
 def run_benchmark(learner: Learner, epoch_batches: Callable, settings: argparse.Namespace,
                   machine: Machine) -> None:
     """Print images/s, arithmetic and memory of whole training steps on real batches."""
-    flop = count_flop(learner, epoch_batches, machine)
+    flop = count_flop(learner, next(iter(epoch_batches(1))))
     settings.steps = 10 if machine.device.type == "cuda" else max(1, 256 // settings.batch_size)
     speeds, began, seconds = [], time.monotonic(), 0
     while len(speeds) < 6 or seconds < BENCHMARK_SECONDS:
@@ -775,10 +775,10 @@ def run_benchmark(learner: Learner, epoch_batches: Callable, settings: argparse.
               f"memory     {peak_memory_mb(machine.device):,} MiB at the peak")
 
 
-def count_flop(learner: Learner, epoch_batches: Callable, machine: Machine) -> int:
-    """Floating-point operations of one image, forward and backward."""
+def count_flop(learner: Learner, batch: Iterable[Tensor]) -> int:
+    """Floating-point operations of one image of a batch, forward and backward."""
     model = getattr(learner.model, "_orig_mod", learner.model)          # not compiled
-    one_image = [tensor[:1] for tensor in next(iter(epoch_batches(1)))]
+    one_image = [tensor[:1] for tensor in batch]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         learner.objective(model, *one_image)[0].backward()  # attention as products, to be counted
     model.zero_grad()

@@ -1430,7 +1430,7 @@ PICTURES = [
     "timeline {runs}/pretrain --out x.gif",
     "timeline {runs}/pretrain --out x.webp",
     "curves {runs}/finetune {runs}/scratch/log.csv {runs}/linear --x time --log",
-    f"minutes {HERE}/results/runs.csv scratch finetune",
+    f"compute {HERE}/results/runs.csv scratch finetune",
     "attention --checkpoint {runs}/finetune --patch 1,2 --block 1",
     "embeddings --checkpoint {runs}/linear",
     "architecture --checkpoint {runs}/pretrain"]
@@ -1440,7 +1440,7 @@ PICTURES = [
 def test_every_picture_is_drawn(command, runs, data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, *_ = command = shlex.split(command.format(runs=runs["pretrain"].parent))
-    if name not in ("timeline", "curves", "minutes", "embeddings"):
+    if name not in ("timeline", "curves", "compute", "embeddings"):
         command += ["--data-dir", data_dir]
     out = succeed(visualize, *command)
     file, = tmp_path.iterdir()
@@ -1461,11 +1461,10 @@ def test_embeddings_fit_on_the_page_at_any_patch_size(patch_size):
     assert (pixels[:, -10:] == 255).all() and (pixels[-10:] == 255).all()
 
 
-def test_minutes_count_for_every_thread_and_for_pre_training(tmp_path):
+def test_compute_includes_that_of_pre_training(tmp_path):
     (tmp_path / "runs.csv").write_text(TABLE.format("1.5"))
-    families, machine = visualize.read_minutes(tmp_path / "runs.csv", ["c", "b"])
-    assert families == {"from scratch": [(2.5, 60)], "pre-trained, then fine-tuned": [(9.5, 70)]}
-    assert machine == "C, fp32"
+    families = visualize.read_compute(tmp_path / "runs.csv", ["c", "b"])
+    assert families == {"from scratch": [(2.5, 60)], "pre-trained, then fine-tuned": [(5.5, 70)]}
 
 
 def test_curves_of_runs_of_different_length_differ_in_colour():
@@ -1496,8 +1495,7 @@ def test_pictures_are_read_upright_opaque_and_with_8_bits(runs, tmp_path):
 
 TILES = np.zeros((5, 3, 3, 32, 32), np.uint8)            # of five images
 LOG = "epoch,loss,test_loss,lr,seconds\n"
-TABLE = ("name,init,minutes,test_accuracy,processor,precision,threads\n"
-         "a,,4,,C,fp32,2\nc,,2.5,60,C,fp32,1\nb,a,{},70,C,fp32,1\n")
+TABLE = "name,init,pflop,test_accuracy\na,,4,\nc,,2.5,60\nb,a,{},70\n"
 BROKEN_FILES = [    # subcommand, content of the file that it reads, message
     ("reconstruct", None, "No such file"),
     ("reconstruct", b"<html>", "cannot read the picture"),
@@ -1510,8 +1508,8 @@ BROKEN_FILES = [    # subcommand, content of the file that it reads, message
     ("curves", LOG.encode(), "has no epoch yet"),
     ("curves", LOG.encode() + b"1,0.5,0.4,0.1,3\n2,0.4,0.", "line 3"),
     ("curves", LOG.encode() + b"1,much,0.4,0.1,3\n", "line 2"),
-    ("minutes", TABLE.format("nan").encode(), "has no whole row of each"),
-    ("minutes", TABLE.format("").encode() + b"b\0\xff,'", "has no whole row of each"),
+    ("compute", TABLE.format("nan").encode(), "has no whole row of each"),
+    ("compute", TABLE.format("").encode() + b"b\0\xff,'", "has no whole row of each"),
     ("timeline", pickle.dumps(Evil()), "is damaged"),
     ("timeline", written(np.save, TILES[..., :16, :16]), "is damaged"),
     ("timeline", written(np.save, TILES[:4]), "shows other images")]
@@ -1520,7 +1518,7 @@ BROKEN_FILES = [    # subcommand, content of the file that it reads, message
 @pytest.mark.parametrize("command, content, message", BROKEN_FILES)
 def test_files_that_cannot_be_drawn(command, content, message, runs, tmp_path):
     given = file = tmp_path / "file"
-    more = {"reconstruct": ["--checkpoint", runs["pretrain"]], "minutes": ["b"]}.get(command, [])
+    more = {"reconstruct": ["--checkpoint", runs["pretrain"]], "compute": ["b"]}.get(command, [])
     if command == "timeline":
         given, file = tmp_path, tmp_path / "reconstructions" / "epoch-0002.npy"
         file.parent.mkdir()

@@ -6,7 +6,7 @@ Input: a model and images, or what runs have written. Output: a PIL image; of th
     ratios        the same images at growing mask ratios    MAE, figure 4
     timeline      the same images and masks over a run      a sheet or an animation
     curves        losses, accuracies, learning rates        of one run or several
-    minutes       accuracy against core-minutes             with and without pre-training
+    compute       accuracy against arithmetic               with and without pre-training
     attention     where a token looks, head by head         ViT, section 4.5
     embeddings    positions compared, patch filters         ViT, figure 7
     architecture  a batch on its way through the model      MAE, figure 1
@@ -339,7 +339,7 @@ def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title
     if not len(every_y):
         sheet.text((left + right) / 2, (top + bottom) / 2, "no value to draw", GREY, "mm")
         every_y = np.zeros(1)
-    x1 = max(1e-9, *(xs.max() for xs, _, _, _ in lines))    # from 0
+    x1 = 1.02 * max(1e-9, *(xs.max() for xs, _, _, _ in lines))     # from 0
     y0, y1 = every_y.min(), every_y.max()
     pad = max(0.05 * (y1 - y0), 0.01 * max(abs(y0), abs(y1))) or 0.05
     y0, y1 = y0 - pad if log or y0 < 0 else max(y0 - pad, 0), y1 + pad
@@ -352,7 +352,7 @@ def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title
         sheet.line([(left, y), (right, y)], FAINT)
         sheet.text(left - 10, y, label, GREY, "rm")
     for tick, _ in ticks(0, x1, log=False):
-        if x1 < 1 or tick == round(tick):                   # there is no half of an epoch
+        if x_title != "epoch" or tick == round(tick):       # there is no half of an epoch
             x = round(place(tick, y0)[0])
             sheet.line([(x, bottom), (x, bottom + 8)], GREY)
             sheet.text(x, bottom + 12, f"{tick:g}", GREY, "ma")
@@ -425,21 +425,22 @@ def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False
     return sheet.picture()
 
 
-def draw_minutes(families: dict[str, list[tuple[float, float]]], caption: str) -> Image.Image:
-    """What whole runs reach, against the minutes of one CPU core that they took in all.
+def draw_compute(families: dict[str, list[tuple[float, float]]], caption: str) -> Image.Image:
+    """What whole runs reach, against the arithmetic of all their training.
 
-    families: for each label in the legend, (core-minutes, accuracy in %) of at least one run.
+    families: for each label in the legend, (PFLOP, accuracy in %) of at least one run.
     """
     lines, height = [], 620                                 # of the panel
     for points, color in zip(families.values(), COLORS):
         xs, ys = np.array(sorted(points), float).T
         lines += [(xs, ys, color, THIN), *((xs[i:i + 1], ys[i:i + 1], color, 2 * THICK)
                                            for i in range(len(xs)))]    # a dot for each run
-    sheet, legend_height = draw_legend(list(families), height, "Accuracy for equal time", caption)
+    sheet, legend_height = draw_legend(list(families), height, "Accuracy for equal compute",
+                                       caption)
     top = sheet.top + legend_height
     draw_panel(sheet, (MARGIN, top, WIDTH - MARGIN, top + height),
                "test accuracy after the last epoch, in %",
-               "core-minutes of training in all, pre-training included", lines, log=False)
+               "PFLOP of training in all, pre-training included", lines, log=False)
     return sheet.picture()
 
 
@@ -697,32 +698,29 @@ def read_log(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def read_minutes(path: Path, names: list[str]) -> tuple[dict[str, list[tuple[float, float]]], str]:
-    """(core-minutes, accuracy) of runs with and without pre-training, from a table like
-    results/runs.csv, and where they ran. A minute of two threads is two core-minutes, and those of
-    a run's pre-training are included.
+def read_compute(path: Path, names: list[str]) -> dict[str, list[tuple[float, float]]]:
+    """(PFLOP, accuracy) of runs with and without pre-training, whose own is included, from a table
+    like results/runs.csv.
 
     Raises BadInput if the table does not have the runs; OSError.
     """
     table = path.read_text("utf-8", "replace").splitlines()
-    families, machines = {"from scratch": [], "pre-trained, then fine-tuned": []}, set()
+    families = {"from scratch": [], "pre-trained, then fine-tuned": []}
     try:
         rows = {row["name"]: row for row in csv.DictReader(table)}
         for name in names:
             row = rows[name]
             start = row["init"]                             # the run that pre-trained it, if any
-            minutes = sum(float(part["minutes"]) * int(part["threads"])
-                          for part in ([rows[start], row] if start else [row]))
+            pflop = float(row["pflop"]) + (float(rows[start]["pflop"]) if start else 0)
             accuracy = float(row["test_accuracy"])
-            if not (0 <= minutes < 1e9 and 0 <= accuracy <= 100):
-                raise ValueError("not minutes and an accuracy")
+            if not (0 <= pflop < 1e9 and 0 <= accuracy <= 100):
+                raise ValueError("not arithmetic and an accuracy")
             families["pre-trained, then fine-tuned" if start else "from scratch"].append(
-                (minutes, accuracy))
-            machines.add(f"{row['processor']}, {row['precision']}")
+                (pflop, accuracy))
     except (KeyError, ValueError, TypeError, csv.Error):
         raise BadInput(f"{path} has no whole row of each of these classifiers and of their "
                        "pre-training") from None
-    return {label: points for label, points in families.items() if points}, " / ".join(machines)
+    return {label: points for label, points in families.items() if points}
 
 
 def settings_beside(run: Path) -> dict:
@@ -844,10 +842,9 @@ def run_curves(args: argparse.Namespace) -> Image.Image:
     return draw_curves(runs, args.x, args.log, args.metric)
 
 
-def run_minutes(args: argparse.Namespace) -> Image.Image:
-    """Accuracies of whole runs against all core-minutes of training."""
-    families, machines = read_minutes(args.TABLE, args.names)
-    return draw_minutes(families, machines)
+def run_compute(args: argparse.Namespace) -> Image.Image:
+    """Accuracies of whole runs against the arithmetic of all their training."""
+    return draw_compute(read_compute(args.TABLE, args.names), f"from {args.TABLE}")
 
 
 def run_attention(args: argparse.Namespace) -> Image.Image:
@@ -936,7 +933,7 @@ def make_parser() -> data.Parser:
     add(run_ratios, *IMAGES, "--seed")
     add(run_timeline, "RUN", "--count")
     add(run_curves, "logs", "--x", "--log", "--metric")
-    add(run_minutes, "TABLE", "names")
+    add(run_compute, "TABLE", "names")
     add(run_attention, *IMAGES, "--patch", "--block", count=3)
     add(run_embeddings, "--checkpoint")
     add(run_architecture, *IMAGES, "--seed", count=1, checkpoint=None)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the runs of this folder again, from the root of the repository:
 #
-#     bash results/reproduce.sh lunch      the best accuracy, and as long from scratch
+#     bash results/reproduce.sh lunch      the best accuracy, as long from scratch, few labels
 #     bash results/reproduce.sh laptop     all other runs in the table
 #     bash results/reproduce.sh gpu        the recipes `full` and `strong` (EPOCHS=200: sooner)
 #     bash results/reproduce.sh collect [NAME ...]
@@ -24,33 +24,21 @@ run() {         # run PROGRAM NAME FLAGS...
     python "$program" --out "$out" "$@"
 }
 
+use() {         # use PRETRAINING NAME FLAGS...
+    local start=$runs/$1 name=$2
+    shift 2
+    run finetune.py "$name" --init "$start" "$@"
+}
+
 laptop() {
-    local flags="--recipe laptop --dataset cifar10"
-    use() {     # use PRETRAINING NAME FLAGS...
-        local start=$runs/$1 name=$2
-        shift 2
-        run finetune.py "$name" $flags --init "$start" "$@"
-    }
+    local flags="--recipe laptop --dataset cifar10" start
     # the defaults
     run pretrain.py pretrain $flags
     run finetune.py scratch $flags
-    use pretrain finetune
-    use pretrain linear --mode linear
-    # the same on a processor with bfloat16
-    run pretrain.py pretrain-bf16 $flags --precision bf16
-    use pretrain-bf16 finetune-bf16 --precision bf16
-    # as much time without pre-training
+    use pretrain finetune $flags
+    use pretrain linear $flags --mode linear
+    # as much arithmetic without pre-training
     run finetune.py scratch-10 $flags --epochs 10
-    # few labels: three draws of labels; each image shown 20 times, or 100 if there are very few
-    local seed labels
-    for seed in 0 1 2; do
-        for labels in ${LABELS:-10 50 250}; do
-            local few="--labels-per-class $labels --repeat $((labels < 50 ? 100 : 20)) --epochs 1"
-            few+=" --mix --augment crop"
-            use pretrain finetune-$labels-labels-$seed $few --seed $seed
-            run finetune.py scratch-$labels-labels-$seed $flags $few --seed $seed
-        done
-    done
     # the pictures
     run pretrain.py pretrain-pixels $flags --no-norm-pix-loss --epochs 20
     # what to predict, and how much to hide, at about equal cost
@@ -59,27 +47,36 @@ laptop() {
     run pretrain.py mask-50 $flags --mask-ratio 0.5 --epochs 2
     run pretrain.py mask-90 $flags --mask-ratio 0.9 --epochs 4
     for start in pretrain-3 pixels-3 mask-50 mask-90; do
-        use $start linear-$start --mode linear
+        use $start linear-$start $flags --mode linear
     done
     # two hours of two cores without bfloat16
     run pretrain.py pretrain-20 $flags --epochs 20
-    use pretrain-20 finetune-20-20 --epochs 20 --augment crop
+    use pretrain-20 finetune-20-20 $flags --epochs 20 --augment crop
 }
 
 lunch() {
-    local flags="--recipe lunch --dataset cifar10 --compile"
+    local flags="--recipe lunch --dataset cifar10 --compile" seed labels
     run pretrain.py pretrain-lunch $flags
-    run finetune.py finetune-lunch $flags --init $runs/pretrain-lunch
+    use pretrain-lunch finetune-lunch $flags
     run finetune.py scratch-lunch $flags --epochs 69
+    # few labels: three draws of labels; each image shown 20 times, or 100 if there are very few
+    flags="--recipe laptop --dataset cifar10 --epochs 1 --mix --augment crop"
+    for seed in 0 1 2; do
+        for labels in ${LABELS:-10 50 250}; do
+            local few="--labels-per-class $labels --repeat $((labels < 50 ? 100 : 20)) --seed $seed"
+            use pretrain-lunch finetune-$labels-labels-$seed $flags $few
+            run finetune.py scratch-$labels-labels-$seed $flags $few
+        done
+    done
 }
 
 gpu() {
     local flags="--recipe full --dataset cifar10" epochs=${EPOCHS:-2000}
     run pretrain.py gpu-pretrain-$epochs $flags --epochs $epochs
-    run finetune.py gpu-finetune-$epochs $flags --init $runs/gpu-pretrain-$epochs
-    run finetune.py gpu-linear-$epochs $flags --init $runs/gpu-pretrain-$epochs --mode linear
+    use gpu-pretrain-$epochs gpu-finetune-$epochs $flags
+    use gpu-pretrain-$epochs gpu-linear-$epochs $flags --mode linear
     run finetune.py gpu-scratch $flags
-    run finetune.py gpu-strong-$epochs $flags --recipe strong --init $runs/gpu-pretrain-$epochs
+    use gpu-pretrain-$epochs gpu-strong-$epochs $flags --recipe strong
 }
 
 pictures() {
@@ -90,14 +87,35 @@ pictures() {
     python visualize.py timeline $runs/pretrain-pixels --out assets/timeline.png
     python visualize.py curves results/logs/finetune-lunch.csv results/logs/scratch-lunch.csv \
         --out assets/curves.png
-    python visualize.py minutes results/runs.csv scratch scratch-10 finetune \
-        --out assets/minutes.png
+    python visualize.py compute results/runs.csv scratch scratch-10 scratch-lunch finetune \
+        finetune-20-20 finetune-lunch --out assets/compute.png
 }
 
 collect() {     # collect [NAME ...]
     python - "$runs" "${RESULTS:-results}" "$@" <<'PYTHON'
 import csv, json, os, pathlib, re, shutil, sys
-import data
+import torch
+import data, finetune, pretrain
+
+def count_pflop(kind, settings, images, **_):           # of a run's training, without its tests
+    if settings.get("mode") == "linear":
+        return ""
+    model = data.build_model(kind, settings)
+    image, label, noise = torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.long), []
+    if settings["mask_ratio"]:
+        noise = [torch.rand(1, (data.SIDE // settings["patch_size"]) ** 2)]
+    if settings.get("labels_per_class"):
+        images = [10 * settings["labels_per_class"]]
+    steps = max(1, images[0] * settings.get("repeat", 1) // settings["batch_size"])
+    if kind == "pretrain":
+        learner, batches = pretrain.Learner(model, pretrain.masked_loss, []), [[image, *noise]]
+    else:
+        learner, batches = pretrain.Learner(model, finetune.classify, []), [
+            [image, label, *noise], [image, label]]     # of the first epochs, of the last ones
+    flop = [pretrain.count_flop(learner, batch) for batch in batches]
+    last = min(settings.get("whole_epochs", 0), settings["epochs"])
+    flop = flop[0] * (settings["epochs"] - last) + flop[-1] * last
+    return f"{flop * steps * settings['batch_size'] / 1e15:.3g}"
 
 runs, results = map(pathlib.Path, sys.argv[1:3])
 for name in sys.argv[3:]:
@@ -108,8 +126,8 @@ for name in sys.argv[3:]:
     data.save_checkpoint(results / "weights" / f"{name}.pt", checkpoint)
 with open(results / "runs.csv") as file:
     rows = {row["name"]: row for row in csv.DictReader(file)}
-columns = ["name", "command", "init", "epochs", "test_loss", "test_accuracy", "minutes", "processor",
-           "threads", "precision", "torch", "commit"]
+columns = ["name", "command", "init", "epochs", "test_loss", "test_accuracy", "pflop", "minutes",
+           "processor", "threads", "precision", "torch", "commit"]
 (results / "logs").mkdir(exist_ok=True)
 for out in sorted(path.parent for path in runs.glob("*/weights.pt")):
     config = json.loads((out / "config.json").read_text())
@@ -119,7 +137,8 @@ for out in sorted(path.parent for path in runs.glob("*/weights.pt")):
     minutes = sum(float(row["seconds"]) for row in log) / 60
     rows[out.name] = dict(zip(columns, (
         out.name, config["command"], os.path.basename(settings.get("init") or ""),
-        log[-1]["epoch"], log[-1]["test_loss"], log[-1].get("test_accuracy", ""), f"{minutes:.1f}",
+        log[-1]["epoch"], log[-1]["test_loss"], log[-1].get("test_accuracy", ""),
+        count_pflop(**data.load_checkpoint(out / "weights.pt")), f"{minutes:.1f}",
         machine["processor"], machine["threads"], settings["precision"],
         config["versions"]["torch"].split("+")[0], config["commit"]), strict=True))
     shutil.copy(out / "log.csv", results / "logs" / f"{out.name}.csv")
@@ -127,13 +146,13 @@ with open(results / "runs.csv", "w", newline="") as file:
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows[name] for name in sorted(rows))
-table = ["| run | epochs | test loss | accuracy | minutes | threads | commit |",
-         "| --- | ---: | ---: | ---: | ---: | ---: | --- |"]
+table = ["| run | epochs | test loss | accuracy | PFLOP | minutes | threads | commit |",
+         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"]
 for name in sorted(rows):
     row = rows[name]
     accuracy = f"{float(row['test_accuracy']):.2f} %" if row["test_accuracy"] else ""
     table.append(f"| `{name}` | {row['epochs']} | {float(row['test_loss']):.4f} | {accuracy} | "
-                 f"{float(row['minutes']):.0f} | {row['threads']} | {row['commit']} |")
+                 f"{row['pflop']} | {float(row['minutes']):.0f} | {row['threads']} | {row['commit']} |")
 page = results / "README.md"
 text = re.sub(r"(<!-- runs -->\n).*?(<!-- end -->)", lambda match: match[1] + "\n".join(table)
               + "\n" + match[2], page.read_text(), flags=re.DOTALL)
