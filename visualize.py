@@ -435,12 +435,11 @@ def draw_compute(families: dict[str, list[tuple[float, float]]], caption: str) -
         xs, ys = np.array(sorted(points), float).T
         lines += [(xs, ys, color, THIN), *((xs[i:i + 1], ys[i:i + 1], color, 2 * THICK)
                                            for i in range(len(xs)))]    # a dot for each run
-    sheet, legend_height = draw_legend(list(families), height, "Accuracy for equal compute",
-                                       caption)
+    sheet, legend_height = draw_legend(list(families), height, "Accuracy against compute", caption)
     top = sheet.top + legend_height
     draw_panel(sheet, (MARGIN, top, WIDTH - MARGIN, top + height),
                "test accuracy after the last epoch, in %",
-               "PFLOP of training in all, pre-training included", lines, log=False)
+               "PFLOP of training, pre-training included", lines, log=False)
     return sheet.picture()
 
 

@@ -31,7 +31,7 @@ use() {         # use PRETRAINING NAME FLAGS...
 }
 
 laptop() {
-    local flags="--recipe laptop --dataset cifar10" start
+    local flags="--recipe laptop --dataset cifar10 --precision fp32" start
     # the defaults
     run pretrain.py pretrain $flags
     run finetune.py scratch $flags
@@ -39,8 +39,12 @@ laptop() {
     use pretrain linear $flags --mode linear
     # as much arithmetic without pre-training
     run finetune.py scratch-10 $flags --epochs 10
+    # the defaults in bfloat16
+    run pretrain.py pretrain-bf16 $flags --precision bf16
+    use pretrain-bf16 finetune-bf16 $flags --precision bf16
     # the pictures
-    run pretrain.py pretrain-pixels $flags --no-norm-pix-loss --epochs 20
+    run pretrain.py pretrain-pixels $flags --precision bf16 --compile --patch-size 2 \
+        --no-norm-pix-loss
     # what to predict, and how much to hide, at about equal cost
     run pretrain.py pretrain-3 $flags --epochs 3
     run pretrain.py pixels-3 $flags --no-norm-pix-loss --epochs 3
@@ -60,7 +64,7 @@ lunch() {
     use pretrain-lunch finetune-lunch $flags
     run finetune.py scratch-lunch $flags --epochs 69
     # few labels: three draws of labels; each image shown 20 times, or 100 if there are very few
-    flags="--recipe laptop --dataset cifar10 --epochs 1 --mix --augment crop"
+    flags="--recipe laptop --dataset cifar10 --precision bf16 --epochs 1 --mix --augment crop"
     for seed in 0 1 2; do
         for labels in ${LABELS:-10 50 250}; do
             local few="--labels-per-class $labels --repeat $((labels < 50 ? 100 : 20)) --seed $seed"
@@ -68,6 +72,9 @@ lunch() {
             run finetune.py scratch-$labels-labels-$seed $flags $few
         done
     done
+    flags+=" --labels-per-class ${LABELS:-50} --repeat 20 --epochs 8"       # eight times as long
+    use pretrain-lunch finetune-50-labels-long $flags
+    run finetune.py scratch-50-labels-long $flags
 }
 
 gpu() {
@@ -85,7 +92,7 @@ pictures() {
     python visualize.py ratios $sharp --out assets/ratios.png
     python visualize.py architecture $sharp --out assets/architecture.png
     python visualize.py timeline $runs/pretrain-pixels --out assets/timeline.png
-    python visualize.py curves results/logs/finetune-lunch.csv results/logs/scratch-lunch.csv \
+    python visualize.py curves results/logs/scratch-lunch.csv results/logs/finetune-lunch.csv \
         --out assets/curves.png
     python visualize.py compute results/runs.csv scratch scratch-10 scratch-lunch finetune \
         finetune-20-20 finetune-lunch --out assets/compute.png
