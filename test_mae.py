@@ -1611,6 +1611,23 @@ def test_the_table_of_the_results_says_what_the_logs_say(tmp_path, monkeypatch):
         assert float(rows[path.stem]["test_loss"]) == log[-1]["test_loss"]
 
 
+def test_collected_runs_have_their_arithmetic(runs, tmp_path, monkeypatch):
+    shutil.copytree(RESULTS, tmp_path / "results")
+    monkeypatch.setenv("RUNS", str(runs["scratch"].parent))
+    monkeypatch.setenv("RESULTS", str(tmp_path / "results"))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
+    subprocess.run(["bash", RESULTS / "reproduce.sh", "collect"], check=True)
+    with open(tmp_path / "results" / "runs.csv") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    # products, each a multiplication and an addition: 8 of 16 patches and the class token
+    embed, block, head = 16 * 192 * 16, 9 * 12 * 16**2 + 2 * 9**2 * 16, 16 * 10
+    step = 2 * (2 * embed + 3 * (block + head))             # images need no gradient
+    for name in ("scratch", "finetune"):                    # 96 images, 2 epochs
+        assert float(rows[name]["pflop"]) == pytest.approx(2 * 96 * step / 1e15, rel=0.005)
+    assert rows["linear"]["pflop"] == ""
+    assert float(rows["pretrain"]["epochs"]) == 3
+
+
 @pytest.mark.parametrize("tier", ["laptop", "lunch", "gpu"])
 def test_the_script_of_the_results_can_be_stopped_and_ends(tier, data_dir, tmp_path, monkeypatch):
     """First with a stand-in for python, which says what it is to do; then what it said."""
