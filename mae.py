@@ -151,8 +151,8 @@ class Attention(nn.Module):
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """How much each token attends to each other token: (B, h, T, T), rows sum to 1."""
-        scale = q.shape[-1] ** -0.5
-        return ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
         B, T, D = tokens.shape
