@@ -150,7 +150,10 @@ class Attention(nn.Module):
         return self.qkv(tokens).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
-        """How much each token attends to each other token: (B, h, T, T), rows sum to 1."""
+        """How much each token attends to each other token: (B, h, T, T), rows sum to 1.
+
+        The softmax is in float32: more exact, and faster than in bfloat16 on a CPU.
+        """
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
 
