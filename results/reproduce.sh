@@ -45,7 +45,7 @@ laptop() {
     # the pictures
     run pretrain.py pretrain-pixels $flags --precision bf16 --compile --patch-size 2 \
         --no-norm-pix-loss
-    # what to predict, and how much to hide, at about equal cost
+    # what to predict, and how much to hide, in about equal time
     run pretrain.py pretrain-3 $flags --epochs 3
     run pretrain.py pixels-3 $flags --no-norm-pix-loss --epochs 3
     run pretrain.py mask-50 $flags --mask-ratio 0.5 --epochs 2
@@ -111,9 +111,10 @@ def count_pflop(kind, settings, images, **_):           # of a run's training, w
     image, label, noise = torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.long), []
     if settings["mask_ratio"]:
         noise = [torch.rand(1, (data.SIDE // settings["patch_size"]) ** 2)]
-    if settings.get("labels_per_class"):
-        images = [10 * settings["labels_per_class"]]
-    steps = max(1, images[0] * settings.get("repeat", 1) // settings["batch_size"])
+    count, labels = images[0], settings.get("labels_per_class")
+    if labels:
+        count = labels * data.SOURCES[settings["dataset"]].num_classes
+    steps = max(1, count * settings.get("repeat", 1) // settings["batch_size"])
     if kind == "pretrain":
         learner, batches = pretrain.Learner(model, pretrain.masked_loss, []), [[image, *noise]]
     else:
