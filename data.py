@@ -1,8 +1,9 @@
 """Everything on disk: data sets, and what a run writes and reads.
 
-Input: the name of a data set and a folder. Output: a `Dataset`, all images as one uint8 tensor (n,
-3, 32, 32) and all labels as one int64 tensor (n,). Batches are indexed from it, flipped, cropped
-and scaled by operations on whole batches, on the device where the tensors are. In this order:
+Input: the name of a data set and a folder. Output: a `Dataset`, whose training images are one uint8
+tensor (n, 3, 32, 32) and their labels one int64 tensor (n,), and so are the test images. Batches
+are indexed from it, flipped, cropped and scaled by operations on whole batches, on the device where
+the tensors are. In this order:
 
     data sets     where they are, how they are read: the binary files, parsed by hand
     batches       order, flips and crops, mixing, scaling
@@ -489,8 +490,8 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
         raise BadInput(f"{path} has checkpoint version {version}, this program reads version "
                        f"{CHECKPOINT_VERSION}: use the program that wrote it")
     if not is_complete(checkpoint):
-        raise BadInput(f"{path} is damaged: it holds something else than a run's settings, log and "
-                       "weights")
+        raise BadInput(f"{path} is damaged: it does not hold the settings, log and weights of a "
+                       "run")
     if kind and checkpoint["kind"] != kind:
         raise BadInput(f"{path} is from {PROGRAMS[checkpoint['kind']]}, but one from "
                        f"{PROGRAMS[kind]} is needed")
@@ -500,7 +501,7 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
 def is_complete(checkpoint: dict) -> bool:
     """Whether a checkpoint has all that the programs write, each value of its type and range."""
     kind, log, model = (checkpoint.get(key) for key in ("kind", "log", "model"))
-    if kind not in LOG_COLUMNS or not isinstance(log, list) or not isinstance(model, dict):
+    if kind not in tuple(PROGRAMS) or not isinstance(log, list) or not isinstance(model, dict):
         return False
     rows = all(isinstance(row, dict) and tuple(row) == LOG_COLUMNS[kind]
                and all(type(value) in (int, float) for value in row.values()) for row in log)
@@ -618,8 +619,8 @@ FLAGS = {                       # the settings of a run, by kind
                      "weights are trained; linear: only the head, on a frozen encoder"),
         "pool": dict(choices=["cls", "mean"], help="what the head reads: the class token, or the "
                      "mean over the patches"),
-        "layer_decay": dict(type=number(float, 0, 1), help="learning rate of each layer, as a "
-                            "factor of that of the layer above"),
+        "layer_decay": dict(type=number(float, 0, 1), help="each layer learns at this "
+                            "factor of the rate of the layer above"),
         "mask_ratio": dict(type=number(float, 0, 1), help="part of the patches that is left out "
                            "of training images"),
         "whole_epochs": dict(metavar="N", type=number(int, 0, 10**6), help="no patches are left "
@@ -664,8 +665,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def are_settings(settings, kind: str) -> bool:
-    """Whether these are the settings of a run: written as flags and parsed again, they must come
-    back unchanged."""
+    """Whether these are the settings of a run. Writes them as flags, parses the flags, and
+    compares the result with the settings."""
     if not isinstance(settings, dict) or settings.keys() != FLAGS[kind].keys():
         return False
     parser, flags = Parser(add_help=False), []

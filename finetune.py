@@ -83,7 +83,7 @@ def finetune(settings: argparse.Namespace, machine: Machine) -> None:
     dataset = load_data(settings, machine)
     model = make_model("classifier", settings, machine)
     optimizers = make_optimizers(
-        model, settings, betas=(0.9, 0.999),
+        model, settings, betas=(0.9, 0.999),                # table 9
         lr_scale=lambda name: settings.layer_decay ** layers_above(name, settings.depth))
     learner = Learner(machine.compiled(model), classify, optimizers)
 
@@ -163,7 +163,7 @@ def classify(model: nn.Module, inputs: Tensor, labels: Tensor,
     """The loss, and what to log: the loss and the accuracy in percent, (2,).
 
     inputs: images (B, 3, H, W) or features (B, D); labels: (B,), or (B, classes) as probabilities,
-    of which the likeliest counts for the accuracy; noise: (B, N), if patches are left out.
+    of which the largest counts for the accuracy; noise: (B, N), if patches are left out.
     """
     logits = model(inputs, *noise).float()                  # (B, classes)
     loss = F.cross_entropy(logits, labels)
@@ -226,7 +226,8 @@ def check_linear(settings: argparse.Namespace) -> None:
 @torch.no_grad()
 def compute_features(classifier: mae.ViTClassifier, images: Tensor, machine: Machine,
                      exact: bool) -> Tensor:
-    """What the head reads of each image: uint8 (n, 3, H, W) -> (n, D). exact: in float32."""
+    """What the head reads of each image: uint8 (n, 3, H, W) -> (n, D). exact: in float32,
+    as for what is reported."""
     classifier.eval()
     progress, features = data.Progress(len(images)), []
     with contextlib.nullcontext() if exact else machine.autocast():

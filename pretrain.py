@@ -91,7 +91,7 @@ def pretrain(settings: argparse.Namespace, machine: "Machine") -> None:
     section 3 and appendix A.1)."""
     dataset = load_data(settings, machine)
     model = make_model("pretrain", settings, machine)
-    optimizers = make_optimizers(model, settings, betas=(0.9, 0.95))
+    optimizers = make_optimizers(model, settings, betas=(0.9, 0.95))    # table 8
     learner = Learner(machine.compiled(model), masked_loss, optimizers)
     N = model.encoder.num_patches
 
@@ -108,7 +108,15 @@ def pretrain(settings: argparse.Namespace, machine: "Machine") -> None:
     with open_run("pretrain", "pretrain", settings, machine) as run:
         run.restore(model, optimizers)
         caption = f"{dataset.title} {test_name(settings)} images · {run.out.resolve().name}"
-        for epoch in run.epochs_left():
+
+        def save_picture(epoch: int) -> None:
+            visualize.save_epoch(run.out / "reconstructions", epoch, model, test_images[:PICTURED],
+                                 test_noise[:PICTURED], caption)
+
+        epochs = run.epochs_left()
+        if machine.main and not run.log:
+            save_picture(0)                                 # before training
+        for epoch in epochs:
             loss, speed = train_epoch(learner, train_batches(epoch), epoch, run.progress, settings,
                                       machine)
             if machine.main:
@@ -116,8 +124,7 @@ def pretrain(settings: argparse.Namespace, machine: "Machine") -> None:
                                      machine, exact=epoch == settings.epochs)
                 run.check_still_there()                     # before its folder gets a picture
                 if epoch % settings.picture_every == 0 or epoch in (1, settings.epochs):
-                    visualize.save_epoch(run.out / "reconstructions", epoch, model,
-                                         test_images[:PICTURED], test_noise[:PICTURED], caption)
+                    save_picture(epoch)
                 run.end_epoch(loss + test_loss, speed, model, optimizers)
 
 
@@ -150,8 +157,8 @@ MAY_CHANGE = {"data_dir", "device", "precision", "compile", "micro_batch_size", 
 
 def choose_defaults(kind: str, recipes: dict,
                     argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
-    """The flags that decide the defaults of the others, and these defaults: the settings of the run
-    that is resumed, or else those of a recipe. Raises BadInput."""
+    """Parse the flags that decide the defaults of the others. Returns them and these defaults: the
+    settings of the run that is resumed, or else those of a recipe. Raises BadInput."""
     flags = data.FLAGS["classifier"] | data.RUN_FLAGS       # init and mode: of finetune.py
     parser = data.Parser(add_help=False)
     parser.add_flags({name: flags[name] for name in ("init", "mode", "out", "resume")})
@@ -325,15 +332,15 @@ def keep_freed_memory() -> None:
     for them again at every step."""
     with contextlib.suppress(OSError, AttributeError, TypeError):   # another C library: as it is
         libc = ctypes.CDLL(None)
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # malloc.h
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4               # malloc.h
+        libc.mallopt(M_MMAP_MAX, 0)                         # no block gets pages of its own
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def load_data(settings: argparse.Namespace, machine: Machine) -> data.Dataset:
-    """The data set on the device, without the images and labels that the settings leave out. The
-    main process reads (and downloads) it first, then one process of each other machine, then the
-    rest."""
+    """The data set on the device, without the images and labels that the settings leave out. Adds
+    to the settings how many images there are, and the steps per epoch. The main process reads (and
+    downloads) the data first, then one process of each other machine, then the rest."""
     turn = 0 if machine.main else 1 if machine.local_rank == 0 else 2
     for now in range(3):
         if now == turn:
@@ -401,8 +408,8 @@ def train_epoch(learner: Learner, batches: Iterable, epoch: int, progress: data.
                 settings: argparse.Namespace, machine: Machine) -> tuple[list[float], float]:
     """One epoch, counted from 1: the mean of what the objective logs, and the images per second.
 
-    batches: tensors (B, ...), the same in all processes. The program waits for the device only when
-    it shows progress. Raises BadInput if the loss is not finite.
+    batches: tensors (B, ...), the same in all processes. The program waits for the device only to
+    show progress and at the end. Raises BadInput if the loss is not finite.
     """
     learner.model.train()
     began, logged = time.monotonic(), []
@@ -430,7 +437,8 @@ def train_epoch(learner: Learner, batches: Iterable, epoch: int, progress: data.
 def compute_gradient(learner: Learner, batch: tuple[Tensor, ...], settings: argparse.Namespace,
                      machine: Machine) -> Tensor:
     """Add up the gradient of a batch, micro-batch by micro-batch and over all processes. Each
-    counts by its number of images, so the sum does not depend on how the batch is divided.
+    micro-batch is weighted by its number of images, so the sum does not depend on how the batch is
+    divided.
 
     Returns this process's share of the mean of what the objective logs, (S,).
     """
@@ -543,9 +551,9 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
     Each of the five steps (Newton-Schulz; Jordan et al. 2024) takes a singular value s to 3.4445 s
     - 4.775 s^3 + 2.0315 s^5, which lifts small ones fast and leaves those near 1 between 0.68 and
-    1.15. That is s times a factor of s^2, so all steps can be taken on the small square matrix of
-    the s^2, and their factors multiplied. In bfloat16 they are taken on the matrix itself: the
-    rounding of small s^2 would grow from step to step.
+    1.15. So each step multiplies s by a function of s^2. In float32 the steps are taken on the
+    small square matrix X X^T, whose eigenvalues are the s^2, and their factors are multiplied. In
+    bfloat16 they are taken on X itself: the rounding of small s^2 would grow from step to step.
     """
     if matrices.shape[1] > matrices.shape[2]:               # the other square matrix is smaller
         return orthogonalize(matrices.mT.contiguous(), dtype).mT
@@ -605,8 +613,8 @@ def open_run(kind: str, name: str, settings: argparse.Namespace, machine: Machin
         if machine.main:
             files = [out / file for file in ("log.csv", "checkpoint.pt", "weights.pt")]
             if not settings.resume and any(file.exists() for file in files):
-                raise BadInput(f"{out} already holds a run: continue it with --resume, or to "
-                               "start another one, delete it or name another folder with --out")
+                raise BadInput(f"{out} already holds a run: to continue it, {resume}; to start "
+                               "another one, delete it or name another folder with --out")
             print(f"run        {out}; if it is stopped: {resume}", flush=True)
         run = Run(out, kind, settings, machine, check_still_there)
         yield run
@@ -672,8 +680,8 @@ class Run:
         also the weights alone, in half precision, to keep and share.
 
         values: the losses and accuracies, in the order of LOG_COLUMNS; speed: images per second in
-        training alone; more: what else the checkpoint shall hold. Raises BadInput if a value is not
-        finite or the folder is gone.
+        training alone; more: what else to store in the checkpoint. Raises BadInput if a value is
+        not finite or the folder is gone.
         """
         if not all(map(math.isfinite, values)):
             raise BadInput(f"the test loss is not finite after epoch {len(self.log) + 1}; "
@@ -759,10 +767,11 @@ def run_benchmark(learner: Learner, epoch_batches: Callable, settings: argparse.
     """Print images/s, arithmetic and memory of whole training steps on real batches."""
     flop = count_flop(learner, next(iter(epoch_batches(1))))
     settings.steps = 10 if machine.device.type == "cuda" else max(1, 256 // settings.batch_size)
+    batches = itertools.chain.from_iterable(map(epoch_batches, itertools.repeat(1)))    # endless
     speeds, began, seconds = [], time.monotonic(), 0
     while len(speeds) < 6 or seconds < BENCHMARK_SECONDS:
-        batches = itertools.islice(itertools.cycle(epoch_batches(1)), settings.steps)
-        _, speed = train_epoch(learner, batches, 1, data.Progress(0), settings, machine)
+        some = itertools.islice(batches, settings.steps)
+        _, speed = train_epoch(learner, some, 1, data.Progress(0), settings, machine)
         speeds.append(speed)
         seconds = torch.tensor(time.monotonic() - began, device=machine.device)
         seconds = machine.sum(seconds) / machine.processes  # all processes go on, or none

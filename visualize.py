@@ -242,15 +242,19 @@ def save_epoch(folder: Path, epoch: int, model: mae.MAEViT, images: Tensor, nois
     """The reconstructions after an epoch: a picture, epoch-0001.png, and the same tiles as an
     array, epoch-0001.npy, from which `timeline` draws. Raises OSError.
 
-    images uint8 (B, 3, H, W), noise (B, N); caption: data set and run.
+    epoch: 0 before training; images uint8 (B, 3, H, W), noise (B, N); caption: data set and run.
     """
     tiles, errors = reconstruct(model, images, noise)
     array = io.BytesIO()
     np.save(array, tiles.numpy())
     data.write_file(folder / f"epoch-{epoch:04}.npy", array.getvalue())
     caption += f" · {conditions(model.shuffle.mask_ratio, model.norm_pix_loss)}"
-    picture = draw_triples(tiles, f"Reconstructions after epoch {epoch}", caption, errors.tolist())
+    picture = draw_triples(tiles, title_of_epoch(epoch), caption, errors.tolist())
     save_png(picture, folder / f"epoch-{epoch:04}.png")
+
+
+def title_of_epoch(epoch: int) -> str:
+    return f"Reconstructions after epoch {epoch}" if epoch else "Reconstructions before training"
 
 
 def draw_ratios(model: mae.MAEViT, images: Tensor, noise: Tensor, caption: str,
@@ -271,18 +275,19 @@ def draw_ratios(model: mae.MAEViT, images: Tensor, noise: Tensor, caption: str,
 
 
 def draw_timeline(epochs: dict[int, Tensor], caption: str, count: int = 6) -> Image.Image:
-    """The first `count` images of a run at up to seven epochs, early to late, as one sheet.
+    """The first `count` images of a run at up to eight epochs, early to late, as one sheet.
 
     epochs: for each epoch, in order, tiles uint8 (B, 3, 3, H, W) from `read_epochs`. Most is
     learned early, so the epochs that are shown lie closer there.
     """
     numbers = np.array(list(epochs))
-    wanted = np.geomspace(max(numbers[0], 1), max(numbers[-1], 1), min(7, len(numbers)))
+    wanted = [numbers[0], *np.geomspace(1, max(numbers[-1], 1), 7)]
     shown = sorted({int(numbers[abs(numbers - number).argmin()]) for number in wanted})
     last = epochs[shown[-1]][:count]
     rows = [[(last[i, 0], ""), *((epochs[epoch][i, 1], "") for epoch in shown), (last[i, 2], "")]
             for i in range(len(last))]
-    column_titles = [["masked"], [f"epoch {epoch}" for epoch in shown], ["original"]]
+    column_titles = [["masked"], [f"epoch {epoch}" if epoch else "untrained" for epoch in shown],
+                     ["original"]]
     return draw_grid(rows, column_titles, "Reconstructions as pre-training goes on", caption)
 
 
@@ -327,10 +332,11 @@ def ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
 
 
 def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title: str,
-               lines: list[tuple], log: bool) -> None:
+               lines: list[tuple], log: bool, labels: list[tuple] = ()) -> None:
     """Axes and curves in the box (left, top, right, bottom).
 
-    lines: (xs (n,), ys (n,), color, width), ys NaN for a gap, and log10 of the values if `log`.
+    lines: (xs (n,), ys (n,), color, width), ys NaN for a gap, and log10 of the values if `log`;
+    labels: (x, y, text), written to the right of the point and below it.
     """
     left, top, right, bottom = box[0] + 96, box[1] + 44, box[2] - 16, box[3] - 80
     sheet.text(left, box[1] + 32, title, anchor="ls", fit=right - left)
@@ -339,9 +345,10 @@ def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title
     if not len(every_y):
         sheet.text((left + right) / 2, (top + bottom) / 2, "no value to draw", GREY, "mm")
         every_y = np.zeros(1)
-    x1 = 1.02 * max(1e-9, *(xs.max() for xs, _, _, _ in lines))     # from 0
+    room = 1.12 if labels else 1.02                         # to the right of the last point
+    x1 = room * max(1e-9, *(xs.max() for xs, _, _, _ in lines))     # from 0
     y0, y1 = every_y.min(), every_y.max()
-    pad = max(0.05 * (y1 - y0), 0.01 * max(abs(y0), abs(y1))) or 0.05
+    pad = max(0.08 * (y1 - y0), 0.01 * max(abs(y0), abs(y1))) or 0.05
     y0, y1 = y0 - pad if log or y0 < 0 else max(y0 - pad, 0), y1 + pad
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -362,6 +369,9 @@ def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title
         for part in np.split(finite, np.flatnonzero(np.diff(finite) > 1) + 1):
             if len(part):
                 sheet.line([place(xs[i], ys[i]) for i in part], color, width)
+    for x, y, text in labels:
+        x, y = place(x, y)
+        sheet.text(x + 14, y + 6, text, GREY, fit=right - x - 14, size=20)
 
 
 def draw_legend(labels: list[str], height: int, title: str, caption: str) -> tuple[Sheet, int]:
@@ -425,21 +435,22 @@ def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False
     return sheet.picture()
 
 
-def draw_compute(families: dict[str, list[tuple[float, float]]], caption: str) -> Image.Image:
+def draw_compute(families: dict[str, list[tuple]], caption: str) -> Image.Image:
     """What whole runs reach, against the arithmetic of all their training.
 
-    families: for each label in the legend, (PFLOP, accuracy in %) of at least one run.
+    families: for each label in the legend, (PFLOP, accuracy in %, name) of at least one run.
     """
     lines, height = [], 620                                 # of the panel
     for points, color in zip(families.values(), COLORS):
-        xs, ys = np.array(sorted(points), float).T
+        xs, ys = np.array(sorted((pflop, accuracy) for pflop, accuracy, _ in points)).T
         lines += [(xs, ys, color, THIN), *((xs[i:i + 1], ys[i:i + 1], color, 2 * THICK)
                                            for i in range(len(xs)))]    # a dot for each run
     sheet, legend_height = draw_legend(list(families), height, "Accuracy against compute", caption)
     top = sheet.top + legend_height
     draw_panel(sheet, (MARGIN, top, WIDTH - MARGIN, top + height),
                "test accuracy after the last epoch, in %",
-               "PFLOP of training, pre-training included", lines, log=False)
+               "PFLOP of training, pre-training included", lines, log=False,
+               labels=[point for points in families.values() for point in points])
     return sheet.picture()
 
 
@@ -687,7 +698,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
             raise ValueError("the last number may be cut off")
     except (ValueError, TypeError, csv.Error):              # TypeError: more fields than columns
         raise BadInput(f"{path} is not a log.csv of pretrain.py or finetune.py, or its line "
-                       f"{max(reader.line_num, 1)} is damaged: mend or delete it") from None
+                       f"{max(reader.line_num, 1)} is damaged: fix or delete it") from None
     if not rows:
         raise BadInput(f"{path} has no epoch yet: wait for the first one, or give another run")
     gaps = sum(not abs(value) < LARGEST for row in rows for value in row.values())
@@ -697,9 +708,9 @@ def read_log(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def read_compute(path: Path, names: list[str]) -> dict[str, list[tuple[float, float]]]:
-    """(PFLOP, accuracy) of runs with and without pre-training, whose own is included, from a table
-    like results/runs.csv.
+def read_compute(path: Path, names: list[str]) -> dict[str, list[tuple]]:
+    """(PFLOP, accuracy, name) of classifiers from a table like results/runs.csv. Those of a
+    fine-tuned one include the PFLOP of its pre-training.
 
     Raises BadInput if the table does not have the runs; OSError.
     """
@@ -715,7 +726,7 @@ def read_compute(path: Path, names: list[str]) -> dict[str, list[tuple[float, fl
             if not (0 <= pflop < 1e9 and 0 <= accuracy <= 100):
                 raise ValueError("not arithmetic and an accuracy")
             families["pre-trained, then fine-tuned" if start else "from scratch"].append(
-                (pflop, accuracy))
+                (pflop, accuracy, name))
     except (KeyError, ValueError, TypeError, csv.Error):
         raise BadInput(f"{path} has no whole row of each of these classifiers and of their "
                        "pre-training") from None
@@ -738,7 +749,7 @@ def title_of(dataset: str) -> str:
 def run_label(path: Path, settings: dict) -> str:
     """The name of a run and, if its settings tell, its data set.
 
-    It is called after its folder, or after a log or checkpoint that was renamed.
+    A run is named after its folder; a renamed log or checkpoint, after its file.
     """
     path = path.resolve()
     if path.name in ("checkpoint.pt", "weights.pt", "log.csv"):
@@ -828,8 +839,8 @@ def run_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
     if args.out.suffix == ".png":
         return draw_timeline(epochs, caption, args.count)
     shown = list(epochs)[::-math.ceil(len(epochs) / 60)][::-1]      # the last is one of them
-    return [draw_triples(epochs[epoch][:args.count], f"Reconstructions after epoch {epoch}",
-                         caption) for epoch in shown]
+    return [draw_triples(epochs[epoch][:args.count], title_of_epoch(epoch), caption)
+            for epoch in shown]
 
 
 def run_curves(args: argparse.Namespace) -> Image.Image:

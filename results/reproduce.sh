@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Make the runs of this folder again, from the root of the repository:
 #
-#     bash results/reproduce.sh lunch      the best accuracy, as long from scratch, few labels
+#     bash results/reproduce.sh lunch      the best accuracy, as much training from scratch, few labels
 #     bash results/reproduce.sh laptop     all other runs in the table
 #     bash results/reproduce.sh gpu        the recipes `full` and `strong` (EPOCHS=200: sooner)
 #     bash results/reproduce.sh collect [NAME ...]
-#                                          logs/, runs.csv and the table in README.md, from runs/;
-#                                          weights/ of the runs that are named
+#                                          logs/, runs.csv and the table in README.md of this folder,
+#                                          from runs/; weights/ of the runs that are named
 #     bash results/reproduce.sh pictures   assets/, from these and from runs/pretrain-pixels
 #
 # It may be stopped at any time: called again, it skips what is done and resumes what was stopped.
