@@ -59,10 +59,13 @@ laptop() {
 }
 
 lunch() {
-    local flags="--recipe lunch --dataset cifar10 --compile" seed labels
-    run pretrain.py pretrain-lunch $flags
-    use pretrain-lunch finetune-lunch $flags
-    run finetune.py scratch-lunch $flags --epochs 69
+    local flags="--recipe lunch --dataset cifar10" seed labels
+    run pretrain.py pretrain-lunch $flags --compile
+    use pretrain-lunch finetune-lunch $flags --compile
+    use pretrain-lunch linear-lunch $flags --mode linear
+    run finetune.py scratch-lunch $flags --compile --epochs 69
+    run pretrain.py pretrain-lunch-1 $flags --compile --seed 1
+    use pretrain-lunch-1 finetune-lunch-1 $flags --compile --seed 1
     # few labels: three draws of labels; each image shown 20 times, or 100 if there are very few
     flags="--recipe laptop --dataset cifar10 --precision bf16 --epochs 1 --mix --augment crop"
     for seed in 0 1 2; do
