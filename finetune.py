@@ -83,7 +83,7 @@ def finetune(settings: argparse.Namespace, machine: Machine) -> None:
     dataset = load_data(settings, machine)
     model = make_model("classifier", settings, machine)
     optimizers = make_optimizers(
-        model, settings, betas=(0.9, 0.999),                # table 9
+        model, settings, betas=(0.9, 0.999),                # MAE, table 9
         lr_scale=lambda name: settings.layer_decay ** layers_above(name, settings.depth))
     learner = Learner(machine.compiled(model), classify, optimizers)
 
@@ -226,8 +226,10 @@ def check_linear(settings: argparse.Namespace) -> None:
 @torch.no_grad()
 def compute_features(classifier: mae.ViTClassifier, images: Tensor, machine: Machine,
                      exact: bool) -> Tensor:
-    """What the head reads of each image: uint8 (n, 3, H, W) -> (n, D). exact: in float32,
-    as for what is reported."""
+    """What the head reads of each image: uint8 (n, 3, H, W) -> (n, D).
+
+    exact: in float32, as --evaluate computes, whose accuracy the log is to have.
+    """
     classifier.eval()
     progress, features = data.Progress(len(images)), []
     with contextlib.nullcontext() if exact else machine.autocast():

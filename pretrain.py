@@ -91,7 +91,7 @@ def pretrain(settings: argparse.Namespace, machine: "Machine") -> None:
     section 3 and appendix A.1)."""
     dataset = load_data(settings, machine)
     model = make_model("pretrain", settings, machine)
-    optimizers = make_optimizers(model, settings, betas=(0.9, 0.95))    # table 8
+    optimizers = make_optimizers(model, settings, betas=(0.9, 0.95))    # MAE, table 8
     learner = Learner(machine.compiled(model), masked_loss, optimizers)
     N = model.encoder.num_patches
 

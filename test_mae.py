@@ -1590,18 +1590,22 @@ def test_every_snippet_in_the_readme_works(snippet, monkeypatch):
 RESULTS = HERE / "results"
 
 
-def test_the_table_of_the_results_says_what_the_logs_say(tmp_path, monkeypatch):
+def collect(runs: Path | str, results: Path) -> dict[str, dict]:
+    """Have the script collect runs into a folder like results/. Returns the rows of its table."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(["bash", RESULTS / "reproduce.sh", "collect"], check=True,
+                   env=os.environ | {"RUNS": str(runs), "RESULTS": str(results), "PATH": path})
+    with open(results / "runs.csv") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def test_the_table_of_the_results_says_what_the_logs_say(tmp_path):
     shutil.copytree(RESULTS, tmp_path / "results")
     page = tmp_path / "results" / "README.md"
     page.write_text(re.sub(r"(<!-- runs -->\n).*(<!-- end -->)", r"\1\2", page.read_text(),
                            flags=re.DOTALL))
-    monkeypatch.setenv("RUNS", "none")
-    monkeypatch.setenv("RESULTS", str(page.parent))
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
-    subprocess.run(["bash", RESULTS / "reproduce.sh", "collect"], check=True)
+    rows = collect("none", page.parent)
     assert snapshot(page.parent) == snapshot(RESULTS)
-    with open(RESULTS / "runs.csv") as file:
-        rows = {row["name"]: row for row in csv.DictReader(file)}
     assert rows.keys() == {path.stem for path in RESULTS.glob("logs/*.csv")}
     for name, row in rows.items():
         last = visualize.read_log(RESULTS / "logs" / f"{name}.csv")[-1]
@@ -1612,14 +1616,8 @@ def test_the_table_of_the_results_says_what_the_logs_say(tmp_path, monkeypatch):
         assert float(rows[path.stem]["test_loss"]) == log[-1]["test_loss"]
 
 
-def test_collected_runs_have_their_arithmetic(runs, tmp_path, monkeypatch):
-    shutil.copytree(RESULTS, tmp_path / "results")
-    monkeypatch.setenv("RUNS", str(runs["scratch"].parent))
-    monkeypatch.setenv("RESULTS", str(tmp_path / "results"))
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
-    subprocess.run(["bash", RESULTS / "reproduce.sh", "collect"], check=True)
-    with open(tmp_path / "results" / "runs.csv") as file:
-        rows = {row["name"]: row for row in csv.DictReader(file)}
+def test_collected_runs_have_their_arithmetic(runs, tmp_path):
+    rows = collect(runs["scratch"].parent, shutil.copytree(RESULTS, tmp_path / "results"))
     # products, each a multiplication and an addition: 8 of 16 patches and the class token
     embed, block, head = 16 * 192 * 16, 9 * 12 * 16**2 + 2 * 9**2 * 16, 16 * 10
     step = 2 * (2 * embed + 3 * (block + head))             # images need no gradient
