@@ -64,8 +64,11 @@ lunch() {
     use pretrain-lunch finetune-lunch $flags --compile
     use pretrain-lunch linear-lunch $flags --mode linear
     run finetune.py scratch-lunch $flags --compile --epochs 69
-    run pretrain.py pretrain-lunch-1 $flags --compile --seed 1
-    use pretrain-lunch-1 finetune-lunch-1 $flags --compile --seed 1
+    run finetune.py scratch-lunch-mix $flags --compile --epochs 69 --mix
+    for seed in 1 2; do
+        run pretrain.py pretrain-lunch-$seed $flags --compile --seed $seed
+        use pretrain-lunch-$seed finetune-lunch-$seed $flags --compile --seed $seed
+    done
     # few labels: three draws of labels; each image shown 20 times, or 100 if there are very few
     flags="--recipe laptop --dataset cifar10 --precision bf16 --epochs 1 --mix --augment crop"
     for seed in 0 1 2; do
