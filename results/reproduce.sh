@@ -100,7 +100,7 @@ pictures() {
     python visualize.py timeline $runs/pretrain-pixels --out assets/timeline.png
     python visualize.py curves results/logs/scratch-lunch.csv results/logs/finetune-lunch.csv \
         --metric cross-entropy --metric accuracy --out assets/curves.png
-    python visualize.py compute results/runs.csv scratch scratch-10 scratch-lunch finetune \
+    python visualize.py compute results/runs.csv scratch scratch-10 scratch-lunch-mix finetune \
         finetune-20-20 finetune-lunch --out assets/compute.png
 }
 
