@@ -345,7 +345,7 @@ def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title
     if not len(every_y):
         sheet.text((left + right) / 2, (top + bottom) / 2, "no value to draw", GREY, "mm")
         every_y = np.zeros(1)
-    room = 1.12 if labels else 1.02                         # to the right of the last point
+    room = 1.15 if labels else 1.02                         # to the right of the last point
     x1 = room * max(1e-9, *(xs.max() for xs, _, _, _ in lines))     # from 0
     y0, y1 = every_y.min(), every_y.max()
     pad = max(0.08 * (y1 - y0), 0.01 * max(abs(y0), abs(y1))) or 0.05

@@ -59,12 +59,18 @@ laptop() {
 }
 
 lunch() {
-    local flags="--recipe lunch --dataset cifar10" seed labels
+    local flags="--recipe lunch --dataset cifar10" best epochs seed labels
     run pretrain.py pretrain-lunch $flags --compile
     use pretrain-lunch finetune-lunch $flags --compile
     use pretrain-lunch linear-lunch $flags --mode linear
     run finetune.py scratch-lunch $flags --compile --epochs 69
     run finetune.py scratch-lunch-mix $flags --compile --epochs 69 --mix
+    best="--compile --layer-decay 1.0 --base-lr 1.75e-3"    # from scratch
+    run finetune.py scratch-lunch-tuned $flags $best --epochs 69 --mix
+    for epochs in 10 20; do
+        run finetune.py scratch-lunch-tuned-$epochs $flags $best --epochs $epochs \
+            --whole-epochs $((epochs / 10))
+    done
     for seed in 1 2; do
         run pretrain.py pretrain-lunch-$seed $flags --compile --seed $seed
         use pretrain-lunch-$seed finetune-lunch-$seed $flags --compile --seed $seed
@@ -98,9 +104,9 @@ pictures() {
     python visualize.py ratios $sharp --out assets/ratios.png
     python visualize.py architecture $sharp --out assets/architecture.png
     python visualize.py timeline $runs/pretrain-pixels --out assets/timeline.png
-    python visualize.py curves results/logs/scratch-lunch.csv results/logs/finetune-lunch.csv \
+    python visualize.py curves results/logs/scratch-lunch-tuned.csv results/logs/finetune-lunch.csv \
         --metric cross-entropy --metric accuracy --out assets/curves.png
-    python visualize.py compute results/runs.csv scratch scratch-10 scratch-lunch-mix finetune \
+    python visualize.py compute results/runs.csv scratch scratch-10 scratch-lunch-tuned finetune \
         finetune-20-20 finetune-lunch --out assets/compute.png
 }
 
