@@ -59,18 +59,14 @@ laptop() {
 }
 
 lunch() {
-    local flags="--recipe lunch --dataset cifar10" best epochs seed labels
+    local flags="--recipe lunch --dataset cifar10" seed labels
     run pretrain.py pretrain-lunch $flags --compile
     use pretrain-lunch finetune-lunch $flags --compile
     use pretrain-lunch linear-lunch $flags --mode linear
     run finetune.py scratch-lunch $flags --compile --epochs 69
     run finetune.py scratch-lunch-mix $flags --compile --epochs 69 --mix
-    best="--compile --layer-decay 1.0 --base-lr 1.75e-3"    # from scratch
-    run finetune.py scratch-lunch-tuned $flags $best --epochs 69 --mix
-    for epochs in 10 20; do
-        run finetune.py scratch-lunch-tuned-$epochs $flags $best --epochs $epochs \
-            --whole-epochs $((epochs / 10))
-    done
+    run finetune.py scratch-lunch-tuned $flags --compile --epochs 69 --mix --layer-decay 1.0 \
+        --base-lr 1.75e-3
     for seed in 1 2; do
         run pretrain.py pretrain-lunch-$seed $flags --compile --seed $seed
         use pretrain-lunch-$seed finetune-lunch-$seed $flags --compile --seed $seed
