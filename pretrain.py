@@ -558,19 +558,19 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     if matrices.shape[1] > matrices.shape[2]:               # the other square matrix is smaller
         return orthogonalize(matrices.mT.contiguous(), dtype).mT
     x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)    # no s above 1
-    identity = torch.eye(x.shape[1], dtype=dtype, device=x.device)
 
-    def factor(gram: Tensor) -> Tensor:                     # (n, r, r) -> (n, r, r)
-        return 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
+    def higher_terms(gram: Tensor) -> Tensor:               # (n, r, r) -> (n, r, r)
+        return torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
 
     if dtype == torch.bfloat16:
         for _ in range(5):
-            x = factor(x @ x.mT) @ x
+            x = torch.baddbmm(x, higher_terms(x @ x.mT), x, beta=3.4445)
         return x                                            # (n, r, c)
+    identity = torch.eye(x.shape[1], dtype=dtype, device=x.device)
     gram, factors = x @ x.mT, identity
     for _ in range(5):
-        step = factor(gram)
-        gram, factors = step @ gram @ step, step @ factors
+        factor = 3.4445 * identity + higher_terms(gram)
+        gram, factors = factor @ gram @ factor, factor @ factors
     return factors @ x                                      # (n, r, c)
 
 

@@ -2,8 +2,9 @@
 # Make the runs of this folder again, from the root of the repository:
 #
 #     bash results/reproduce.sh lunch      the best accuracy, as much training from scratch, few labels
+#     bash results/reproduce.sh gpu        five minutes of a large GPU
 #     bash results/reproduce.sh laptop     all other runs in the table
-#     bash results/reproduce.sh gpu        the recipes `full` and `strong` (EPOCHS=200: sooner)
+#     bash results/reproduce.sh full       the recipes `full` and `strong`, not run yet (EPOCHS=200: sooner)
 #     bash results/reproduce.sh collect [NAME ...]
 #                                          logs/, runs.csv and the table in README.md of this folder,
 #                                          from runs/; weights/ of the runs that are named
@@ -86,12 +87,22 @@ lunch() {
 }
 
 gpu() {
+    local flags="--recipe lunch --dataset cifar10" sizes="--dim 384 --depth 12 --heads 12"
+    run pretrain.py gpu-pretrain $flags $sizes --decoder-dim 128 --decoder-depth 2 --epochs 50 \
+        --batch-size 512 --base-lr 2.5e-3
+    use gpu-pretrain gpu-linear $flags --mode linear
+    flags+=" --epochs 20 --whole-epochs 2 --batch-size 256 --mix"
+    use gpu-pretrain gpu-finetune $flags --layer-decay 0.85 --base-lr 7e-3
+    run finetune.py gpu-scratch $flags $sizes --layer-decay 1.0 --base-lr 1.25e-3
+}
+
+full() {
     local flags="--recipe full --dataset cifar10" epochs=${EPOCHS:-2000}
-    run pretrain.py gpu-pretrain-$epochs $flags --epochs $epochs
-    use gpu-pretrain-$epochs gpu-finetune-$epochs $flags
-    use gpu-pretrain-$epochs gpu-linear-$epochs $flags --mode linear
-    run finetune.py gpu-scratch $flags
-    use gpu-pretrain-$epochs gpu-strong-$epochs $flags --recipe strong
+    run pretrain.py full-pretrain-$epochs $flags --epochs $epochs
+    use full-pretrain-$epochs full-finetune-$epochs $flags
+    use full-pretrain-$epochs full-linear-$epochs $flags --mode linear
+    run finetune.py full-scratch $flags
+    use full-pretrain-$epochs strong-$epochs $flags --recipe strong
 }
 
 pictures() {
