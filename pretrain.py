@@ -514,9 +514,9 @@ class Muon(torch.optim.Optimizer):
 
     For the weight matrices inside a network. An orthogonal (r, c) matrix has entries of about
     1 / sqrt(max(r, c)), so a weight moves by about STEP * lr. Liu et al. 2025 (arXiv 2502.16982,
-    section 2.2) found that AdamW moves it by 0.2 to 0.4 times lr. Queries, keys and values share
-    one matrix. torch.optim.Muon computes matrix by matrix and in bfloat16, which most CPUs emulate;
-    here the products are of `dtype`.
+    section 2.2) found that AdamW moves it by 0.2 to 0.4 times lr, hence STEP. Queries, keys and
+    values are taken as the one matrix that they share. torch.optim.Muon computes matrix by matrix
+    and in bfloat16, which most CPUs emulate; here matrices of one shape go together, in `dtype`.
     """
     STEP = 0.4
 
@@ -547,13 +547,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """About U V^T of each matrix U S V^T, by products alone: (n, r, c) -> the same shape.
+    """About U V^T of each matrix U S V^T, by products alone: (n, r, c) -> the same shape, `dtype`.
 
-    Each of the five steps (Newton-Schulz; Jordan et al. 2024) takes a singular value s to 3.4445 s
-    - 4.775 s^3 + 2.0315 s^5, which lifts small ones fast and leaves those near 1 between 0.68 and
-    1.15. So each step multiplies s by a function of s^2. In float32 the steps are taken on the
-    small square matrix X X^T, whose eigenvalues are the s^2, and their factors are multiplied. In
-    bfloat16 they are taken on X itself: the rounding of small s^2 would grow from step to step.
+    X is the matrix divided by its norm. Each of five steps (Newton-Schulz; Jordan et al. 2024)
+    takes a singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5: in the end those that began
+    above 0.0015 are between 0.68 and 1.21. So each step multiplies s by a function of s^2. In
+    float32 the steps are taken on the small square matrix X X^T, whose eigenvalues are the s^2, and
+    their factors are multiplied, which takes fewer products. In bfloat16 they are taken on X
+    itself: the rounding of small s^2 would grow from step to step.
     """
     if matrices.shape[1] > matrices.shape[2]:               # the other square matrix is smaller
         return orthogonalize(matrices.mT.contiguous(), dtype).mT

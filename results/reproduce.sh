@@ -2,16 +2,16 @@
 # Make the runs of this folder again, from the root of the repository:
 #
 #     bash results/reproduce.sh lunch      the best accuracy, as much training from scratch, few labels
-#     bash results/reproduce.sh gpu        five minutes of a large GPU
+#     bash results/reproduce.sh gpu        seven minutes of a large GPU
 #     bash results/reproduce.sh laptop     all other runs in the table
 #     bash results/reproduce.sh full       the recipes `full` and `strong`, not run yet (EPOCHS=200: sooner)
 #     bash results/reproduce.sh collect [NAME ...]
 #                                          logs/, runs.csv and the table in README.md of this folder,
-#                                          from runs/; weights/ of the runs that are named
+#                                          from all runs in runs/; weights/ of those that are named
 #     bash results/reproduce.sh pictures   assets/, from these and from runs/pretrain-pixels
 #
 # It may be stopped at any time: called again, it skips what is done and resumes what was stopped.
-# To try it at a tiny size, put this in front of a command:
+# To try it at a tiny size, put this in front of a command that trains:
 #
 #     RUNS=/tmp/try LABELS=2 EPOCHS=1 FLAGS="--limit 64 --epochs 1 --batch-size 32 --dim 48 --depth 1 --heads 3 --no-compile"
 set -euo pipefail
@@ -89,9 +89,9 @@ lunch() {
 gpu() {
     local flags="--recipe lunch --dataset cifar10" sizes="--dim 384 --depth 12 --heads 12"
     run pretrain.py gpu-pretrain $flags $sizes --decoder-dim 128 --decoder-depth 2 --epochs 50 \
-        --batch-size 512 --base-lr 2.5e-3
+        --batch-size 512 --base-lr 2.5e-3 --picture-every 20 --checkpoint-every 50
     use gpu-pretrain gpu-linear $flags --mode linear
-    flags+=" --epochs 20 --whole-epochs 2 --batch-size 256 --mix"
+    flags+=" --epochs 20 --whole-epochs 2 --batch-size 256 --mix --checkpoint-every 20"
     use gpu-pretrain gpu-finetune $flags --layer-decay 0.85 --base-lr 7e-3
     run finetune.py gpu-scratch $flags $sizes --layer-decay 1.0 --base-lr 1.25e-3
 }
@@ -179,7 +179,7 @@ for name in sorted(rows):
     row = rows[name]
     accuracy = f"{float(row['test_accuracy']):.2f} %" if row["test_accuracy"] else ""
     table.append(f"| `{name}` | {row['epochs']} | {float(row['test_loss']):.4f} | {accuracy} | "
-                 f"{row['pflop']} | {float(row['minutes']):.0f} | {row['threads']} | {row['commit']} |")
+                 f"{row['pflop']} | {float(row['minutes']):.1f} | {row['threads']} | {row['commit']} |")
 page = results / "README.md"
 text = re.sub(r"(<!-- runs -->\n).*?(<!-- end -->)", lambda match: match[1] + "\n".join(table)
               + "\n" + match[2], page.read_text(), flags=re.DOTALL)
