@@ -336,7 +336,7 @@ def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title
     """Axes and curves in the box (left, top, right, bottom).
 
     lines: (xs (n,), ys (n,), color, width), ys NaN for a gap, and log10 of the values if `log`;
-    labels: (x, y, text), written to the right of the point and below it.
+    labels: (x, y, text, whether to the right of the point and below it, or to the left and above).
     """
     left, top, right, bottom = box[0] + 96, box[1] + 44, box[2] - 16, box[3] - 80
     sheet.text(left, box[1] + 32, title, anchor="ls", fit=right - left)
@@ -369,9 +369,12 @@ def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title
         for part in np.split(finite, np.flatnonzero(np.diff(finite) > 1) + 1):
             if len(part):
                 sheet.line([place(xs[i], ys[i]) for i in part], color, width)
-    for x, y, text in labels:
+    for x, y, text, is_right in labels:
         x, y = place(x, y)
-        sheet.text(x + 14, y + 6, text, GREY, fit=right - x - 14, size=20)
+        if is_right:
+            sheet.text(x + 14, y + 6, text, GREY, fit=right - x - 14, size=20)
+        else:
+            sheet.text(x - 14, y - 6, text, GREY, "rs", fit=x - 14 - left, size=20)
 
 
 def draw_legend(labels: list[str], height: int, title: str, caption: str) -> tuple[Sheet, int]:
@@ -450,7 +453,8 @@ def draw_compute(families: dict[str, list[tuple]], caption: str) -> Image.Image:
     draw_panel(sheet, (MARGIN, top, WIDTH - MARGIN, top + height),
                "test accuracy after the last epoch, in %",
                "PFLOP of training, pre-training included", lines, log=False,
-               labels=[point for points in families.values() for point in points])
+               labels=[(*point, i == 0) for i, points in enumerate(families.values())
+                       for point in points])
     return sheet.picture()
 
 

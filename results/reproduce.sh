@@ -68,6 +68,8 @@ lunch() {
     run finetune.py scratch-lunch-mix $flags --compile --epochs 69 --mix
     run finetune.py scratch-lunch-tuned $flags --compile --epochs 69 --mix --layer-decay 1.0 \
         --base-lr 1.75e-3
+    run finetune.py scratch-lunch-tuned-10 $flags --compile --epochs 10 --whole-epochs 1 \
+        --layer-decay 1.0 --base-lr 1.75e-3
     for seed in 1 2; do
         run pretrain.py pretrain-lunch-$seed $flags --compile --seed $seed
         use pretrain-lunch-$seed finetune-lunch-$seed $flags --compile --seed $seed
@@ -113,8 +115,8 @@ pictures() {
     python visualize.py timeline $runs/pretrain-pixels --out assets/timeline.png
     python visualize.py curves results/logs/scratch-lunch-tuned.csv results/logs/finetune-lunch.csv \
         --metric cross-entropy --metric accuracy --out assets/curves.png
-    python visualize.py compute results/runs.csv scratch scratch-10 scratch-lunch-tuned finetune \
-        finetune-20-20 finetune-lunch --out assets/compute.png
+    python visualize.py compute results/runs.csv scratch scratch-lunch-tuned-10 \
+        scratch-lunch-tuned finetune finetune-20-20 finetune-lunch --out assets/compute.png
 }
 
 collect() {     # collect [NAME ...]
