@@ -2,7 +2,8 @@
 # Make the runs of this folder again, from the root of the repository:
 #
 #     bash results/reproduce.sh lunch      the best accuracy, as much training from scratch, few labels
-#     bash results/reproduce.sh gpu        seven minutes of a large GPU
+#     bash results/reproduce.sh afternoon  a wider network for longer
+#     bash results/reproduce.sh gpu        a larger network, a quarter of an hour of a large GPU
 #     bash results/reproduce.sh laptop     all other runs in the table
 #     bash results/reproduce.sh full       the recipes `full` and `strong`, not run yet (EPOCHS=200: sooner)
 #     bash results/reproduce.sh collect [NAME ...]
@@ -66,10 +67,12 @@ lunch() {
     use pretrain-lunch linear-lunch $flags --mode linear
     run finetune.py scratch-lunch $flags --compile --epochs 69
     run finetune.py scratch-lunch-mix $flags --compile --epochs 69 --mix
-    run finetune.py scratch-lunch-tuned $flags --compile --epochs 69 --mix --layer-decay 1.0 \
-        --base-lr 1.75e-3
-    run finetune.py scratch-lunch-tuned-10 $flags --compile --epochs 10 --whole-epochs 1 \
-        --layer-decay 1.0 --base-lr 1.75e-3
+    local tuned="--layer-decay 1.0 --base-lr 1.75e-3"
+    run finetune.py scratch-lunch-tuned $flags --compile --epochs 69 --mix $tuned
+    run finetune.py scratch-lunch-tuned-40-mix $flags --compile --epochs 40 --mix $tuned
+    run finetune.py scratch-lunch-tuned-40 $flags --compile --epochs 40 $tuned
+    run finetune.py scratch-lunch-tuned-20 $flags --compile --epochs 20 --whole-epochs 2 $tuned
+    run finetune.py scratch-lunch-tuned-10 $flags --compile --epochs 10 --whole-epochs 1 $tuned
     for seed in 1 2; do
         run pretrain.py pretrain-lunch-$seed $flags --compile --seed $seed
         use pretrain-lunch-$seed finetune-lunch-$seed $flags --compile --seed $seed
@@ -88,6 +91,12 @@ lunch() {
     run finetune.py scratch-50-labels-long $flags
 }
 
+afternoon() {
+    local flags="--recipe lunch --dataset cifar10 --compile"
+    run pretrain.py pretrain-afternoon $flags --epochs 80 --dim 192 --heads 12
+    use pretrain-afternoon finetune-afternoon $flags --epochs 70 --whole-epochs 7
+}
+
 gpu() {
     local flags="--recipe lunch --dataset cifar10" sizes="--dim 384 --depth 12 --heads 12"
     run pretrain.py gpu-pretrain $flags $sizes --decoder-dim 128 --decoder-depth 2 --epochs 50 \
@@ -96,6 +105,8 @@ gpu() {
     flags+=" --epochs 20 --whole-epochs 2 --batch-size 256 --mix --checkpoint-every 20"
     use gpu-pretrain gpu-finetune $flags --layer-decay 0.85 --base-lr 7e-3
     run finetune.py gpu-scratch $flags $sizes --layer-decay 1.0 --base-lr 1.25e-3
+    run finetune.py gpu-scratch-75 $flags $sizes --layer-decay 1.0 --base-lr 1e-3 --epochs 75 \
+        --whole-epochs 7 --batch-size 512
 }
 
 full() {
@@ -116,7 +127,8 @@ pictures() {
     python visualize.py curves results/logs/scratch-lunch-tuned.csv results/logs/finetune-lunch.csv \
         --metric cross-entropy --metric accuracy --out assets/curves.png
     python visualize.py compute results/runs.csv scratch scratch-lunch-tuned-10 \
-        scratch-lunch-tuned finetune finetune-20-20 finetune-lunch --out assets/compute.png
+        scratch-lunch-tuned-20 scratch-lunch-tuned-40-mix scratch-lunch-tuned finetune \
+        finetune-20-20 finetune-lunch --out assets/compute.png
 }
 
 collect() {     # collect [NAME ...]
