@@ -1640,7 +1640,7 @@ def test_collected_runs_have_their_arithmetic(runs, tmp_path):
     assert float(rows["pretrain"]["epochs"]) == 3
 
 
-@pytest.mark.parametrize("tier", ["laptop", "lunch", "gpu", "full"])
+@pytest.mark.parametrize("tier", ["laptop", "lunch", "afternoon", "gpu", "full"])
 def test_the_script_of_the_results_can_be_stopped_and_ends(tier, data_dir, tmp_path, monkeypatch):
     """First with a stand-in for python, which says what it is to do; then what it said."""
     script = (RESULTS / "reproduce.sh").read_text()
@@ -1656,7 +1656,7 @@ def test_the_script_of_the_results_can_be_stopped_and_ends(tier, data_dir, tmp_p
 
     begun = commands("config.json")
     resumed = [" ".join(command.split()[:3]) + " --resume" for command in begun]
-    assert len(begun) >= 3 and commands("weights.pt") == resumed and commands("weights.pt") == []
+    assert len(begun) >= 2 and commands("weights.pt") == resumed and commands("weights.pt") == []
     shutil.rmtree(tmp_path / "runs")
     os.symlink(data_dir, "data")
     for command in begun:
