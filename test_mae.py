@@ -1656,7 +1656,7 @@ def test_the_script_of_the_results_can_be_stopped_and_ends(tier, data_dir, tmp_p
 
     begun = commands("config.json")
     resumed = [" ".join(command.split()[:3]) + " --resume" for command in begun]
-    assert len(begun) >= 2 and commands("weights.pt") == resumed and commands("weights.pt") == []
+    assert len(begun) >= 2 and commands("curves.png") == resumed and commands("curves.png") == []
     shutil.rmtree(tmp_path / "runs")
     os.symlink(data_dir, "data")
     for command in begun:
