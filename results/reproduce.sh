@@ -11,8 +11,8 @@
 #                                          from all runs in runs/; weights/ of those that are named
 #     bash results/reproduce.sh pictures   assets/, from these and from runs/pretrain-pixels
 #
-# On two cores of a Zen 5 `lunch` takes about seven hours and `afternoon` half as long, and `gpu` a quarter of
-# an hour on an H200. Without bfloat16 in hardware `lunch` and `afternoon` compute in float32, five times as long.
+# By the arithmetic `lunch` takes about seven hours on two cores of a Zen 5, `afternoon` half as long, and `gpu` a
+# quarter of an hour on an H200. Without bfloat16 in hardware `lunch` and `afternoon` compute in float32, five times as long.
 # It may be stopped at any time: called again, it skips what is done and resumes what was stopped.
 # To try it at a tiny size, put this in front of a command that trains:
 #
@@ -69,7 +69,7 @@ lunch() {
     use pretrain-lunch linear-lunch $flags --mode linear
     run finetune.py scratch-lunch $flags --compile --epochs 69
     run finetune.py scratch-lunch-mix $flags --compile --epochs 69 --mix
-    local tuned="--layer-decay 1.0 --base-lr 1.75e-3"
+    local tuned="--layer-decay 1.0 --base-lr 1.75e-3"       # 20 and 40 epochs: in runs.csv from a GPU
     run finetune.py scratch-lunch-tuned $flags --compile --epochs 69 --mix $tuned
     run finetune.py scratch-lunch-tuned-40-mix $flags --compile --epochs 40 --mix $tuned
     run finetune.py scratch-lunch-tuned-40 $flags --compile --epochs 40 $tuned
