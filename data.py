@@ -6,7 +6,7 @@ are indexed from it, flipped, cropped and scaled by operations on whole batches,
 the tensors are. In this order:
 
     data sets     where they are, how they are read: the binary files, parsed by hand
-    batches       order, flips and crops, mixing, scaling
+    batches       order, flips, crops and colours, mixing, scaling
     download      archive -> checked -> unpacked -> in place
     shapes        a data set of drawn shapes, for machines without CIFAR
     run files     written whole or not at all; checkpoints and the models in them
@@ -230,10 +230,11 @@ def epoch_order(count: int, batch_size: int, generator: torch.Generator) -> Tens
 
 
 def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4) -> Tensor:
-    """Random flips ("flip"), flips and shifted crops ("crop"), or neither ("none").
+    """Random flips ("flip"), also shifted crops ("crop"), also changed colours ("color"), or none
+    of these ("none").
 
-    images (B, 3, H, W) -> the same shape. A crop shifts by up to `pad` pixels in each direction
-    and fills the margin with the mirror image. All of it is one indexing operation.
+    images uint8 (B, 3, H, W) -> the same shape. A crop shifts by up to `pad` pixels in each
+    direction and fills the margin with the mirror image. Flip and crop are one indexing operation.
     """
     if kind == "none":
         return images
@@ -243,13 +244,31 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4)
     columns = torch.arange(W, device=device).expand(B, W)   # (B, W)
     flip = torch.rand(B, 1, generator=generator, device=device) < 0.5
     columns = torch.where(flip, W - 1 - columns, columns)
-    if kind == "crop":
+    if kind in ("crop", "color"):
         shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator, device=device)
         rows, columns = rows + shift[0], columns + shift[1]
     rows = (H - 1) - ((H - 1) - rows.abs()).abs()           # mirror at both edges
     columns = (W - 1) - ((W - 1) - columns.abs()).abs()
     batch = torch.arange(B, device=device)[:, None, None]
-    return images[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    images = images[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return change_colors(images, generator) if kind == "color" else images
+
+
+def change_colors(images: Tensor, generator: torch.Generator, strength: float = 0.4) -> Tensor:
+    """Random saturation, contrast and brightness (Chen et al. 2020, arXiv 2002.05709, appendix A):
+    the distance of each colour from its own grey, then from the mean of the image, then from black
+    is multiplied by a factor between 1 - strength and 1 + strength.
+
+    images uint8 (B, 3, H, W) -> the same shape, as floats, 0..255.
+    """
+    def factor() -> Tensor:                                 # (B, 1, 1, 1)
+        uniform = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
+        return 1 + strength * (2 * uniform - 1)
+
+    images = images.float()
+    images = torch.lerp(images.mean(dim=1, keepdim=True), images, factor())
+    images = torch.lerp(images.mean(dim=(1, 2, 3), keepdim=True), images, factor())
+    return (images * factor()).clamp(0, 255)
 
 
 def mix(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -588,8 +607,9 @@ COMMON_FLAGS = {                # of pretrain.py and finetune.py
     "dim": dict(type=COUNT, help="width of the encoder"),
     "depth": dict(type=COUNT, help="blocks of the encoder"),
     "heads": dict(type=COUNT, help="attention heads of the encoder"),
-    "augment": dict(choices=["none", "flip", "crop"], help="flip: half of the images are mirrored; "
-                    "crop: also shifted by up to 4 pixels"),
+    "augment": dict(choices=["none", "flip", "crop", "color"], help="flip: half of the images are "
+                    "mirrored; crop: also shifted by up to 4 pixels; color: also saturation, "
+                    "contrast and brightness change by up to 40 %%"),
     "seed": dict(type=number(int, 0, 2**32 - 1), default=0, help="of weights, order, augmentation "
                  "and masks"),
     "device": dict(choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto is cuda if "
