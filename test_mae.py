@@ -350,6 +350,30 @@ def test_augmentation_flips_and_shifts_whole_images():
         assert 150 < sum(count for (*_, flip), count in seen.items() if flip) < 250
 
 
+def test_colors_change_by_a_saturation_a_contrast_and_a_brightness_of_each_image():
+    images = torch.full((500, 3, 32, 32), 100)              # grey: 80 on the left, 120 on the right
+    images += torch.where(torch.arange(32) < 16, -20, 20) + torch.tensor([5, 0, -5])[:, None, None]
+    images = images.to(torch.uint8)
+
+    def augment(kind: str) -> torch.Tensor:
+        return data.augment(images, kind, data.seeded_generator("cpu", 0)).float()
+
+    def parts(images: torch.Tensor) -> torch.Tensor:        # (500, 3)
+        light, dark = images.amax(dim=3).mean(dim=(1, 2)), images.amin(dim=3).mean(dim=(1, 2))
+        color = images[:, 0].mean(dim=(1, 2)) - images[:, 2].mean(dim=(1, 2))
+        return torch.stack([images.mean(dim=(1, 2, 3)), light - dark, color], dim=1)
+
+    changed = parts(augment("color")) / parts(augment("crop"))
+    brightness, contrast, saturation = factors = torch.stack(
+        [changed[:, 0], changed[:, 1] / changed[:, 0], changed[:, 2] / changed[:, 1]])
+    assert 0.599 < factors.min() and factors.max() < 1.401
+    assert (factors.amin(dim=1) < 0.62).all() and (factors.amax(dim=1) > 1.38).all()
+    assert (factors.mean(dim=1) - 1).abs().max() < 0.04
+    assert (torch.corrcoef(factors) - torch.eye(3)).abs().max() < 0.15          # independent
+    bright = data.augment(torch.full_like(images, 250), "color", data.seeded_generator("cpu", 0))
+    assert bright.min() >= 0 and bright.max() == 255
+
+
 def test_mixed_labels_are_the_shares_of_what_the_images_show():
     values = torch.arange(0, 250, 5).repeat(20)             # each image of one brightness
     images = values[:, None, None, None].expand(-1, 3, 32, 32).to(torch.uint8)
