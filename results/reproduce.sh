@@ -11,8 +11,8 @@
 #                                          from all runs in runs/; weights/ of those that are named
 #     bash results/reproduce.sh pictures   assets/, from these and from runs/pretrain-pixels
 #
-# By the arithmetic `lunch` takes about seven hours on two cores of a Zen 5, `afternoon` half as long, and `gpu` a
-# quarter of an hour on an H200. Without bfloat16 in hardware `lunch` and `afternoon` compute in float32, five
+# By the arithmetic `lunch` takes about seven hours on two cores of a Zen 5, `afternoon` five, and `gpu` a quarter
+# of an hour on an H200. Without bfloat16 in hardware `lunch` and `afternoon` compute in float32, five
 # times as long.
 # It may be stopped at any time: called again, it skips what is done and resumes what was stopped.
 # To try it at a tiny size, put this in front of a command that trains:
@@ -97,6 +97,9 @@ lunch() {
 afternoon() {
     local flags="--recipe lunch --dataset cifar10 --compile"
     run pretrain.py pretrain-afternoon $flags --epochs 80 --dim 192 --heads 12
+    use pretrain-afternoon finetune-afternoon-color $flags --epochs 56 --whole-epochs 6 \
+        --augment color
+    # without changed colours
     use pretrain-afternoon finetune-afternoon $flags --epochs 70 --whole-epochs 7
 }
 
