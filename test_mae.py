@@ -364,8 +364,9 @@ def test_colors_change_by_a_saturation_a_contrast_and_a_brightness_of_each_image
         return torch.stack([images.mean(dim=(1, 2, 3)), light - dark, color], dim=1)
 
     changed = parts(augment("color")) / parts(augment("crop"))
-    factors = torch.stack([changed[:, 0], changed[:, 1] / changed[:, 0],        # brightness, contrast
-                           changed[:, 2] / changed[:, 1]])                      # saturation
+    factors = torch.stack([changed[:, 0],                               # brightness
+                           changed[:, 1] / changed[:, 0],               # contrast
+                           changed[:, 2] / changed[:, 1]])              # saturation
     assert 0.599 < factors.min() and factors.max() < 1.401
     assert (factors.amin(dim=1) < 0.62).all() and (factors.amax(dim=1) > 1.38).all()
     assert (factors.mean(dim=1) - 1).abs().max() < 0.04
