@@ -233,8 +233,9 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4)
     """Random flips ("flip"), also shifted crops ("crop"), also changed colours ("color"), or none
     of these ("none").
 
-    images uint8 (B, 3, H, W) -> the same shape. A crop shifts by up to `pad` pixels in each
-    direction and fills the margin with the mirror image. Flip and crop are one indexing operation.
+    images uint8 (B, 3, H, W) -> the same shape, as floats if colours change. A crop shifts by up
+    to `pad` pixels in each direction and fills the margin with the mirror image. Flip and crop are
+    one indexing operation.
     """
     if kind == "none":
         return images
@@ -255,9 +256,9 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4)
 
 
 def change_colors(images: Tensor, generator: torch.Generator, strength: float = 0.4) -> Tensor:
-    """Random saturation, contrast and brightness (Chen et al. 2020, arXiv 2002.05709, appendix A):
-    the distance of each colour from its own grey, then from the mean of the image, then from black
-    is multiplied by a factor between 1 - strength and 1 + strength.
+    """Random saturation, contrast and brightness (after Chen et al. 2020, arXiv 2002.05709,
+    appendix A, who change the hue, too): the distance of each colour from its own grey, then from
+    the mean of the image, then from black is multiplied by a factor of 1 - strength..1 + strength.
 
     images uint8 (B, 3, H, W) -> the same shape, as floats, 0..255.
     """
@@ -266,9 +267,11 @@ def change_colors(images: Tensor, generator: torch.Generator, strength: float = 
         return 1 + strength * (2 * uniform - 1)
 
     images = images.float()
-    images = torch.lerp(images.mean(dim=1, keepdim=True), images, factor())
-    images = torch.lerp(images.mean(dim=(1, 2, 3), keepdim=True), images, factor())
-    return (images * factor()).clamp(0, 255)
+    grey = images.mean(dim=1, keepdim=True)                 # (B, 1, H, W)
+    images = torch.lerp(grey, images, factor())             # saturation
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)         # (B, 1, 1, 1)
+    images = torch.lerp(mean, images, factor())             # contrast
+    return (images * factor()).clamp(0, 255)                # brightness
 
 
 def mix(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

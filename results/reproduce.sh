@@ -12,8 +12,7 @@
 #     bash results/reproduce.sh pictures   assets/, from these and from runs/pretrain-pixels
 #
 # By the arithmetic `lunch` takes about seven hours on two cores of a Zen 5, `afternoon` five, and `gpu` a quarter
-# of an hour on an H200. Without bfloat16 in hardware `lunch` and `afternoon` compute in float32, five
-# times as long.
+# of an hour on an H200. Without bfloat16 in hardware `lunch` and `afternoon` compute in float32, five times as long.
 # It may be stopped at any time: called again, it skips what is done and resumes what was stopped.
 # To try it at a tiny size, put this in front of a command that trains:
 #
