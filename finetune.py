@@ -48,7 +48,7 @@ RECIPES = {                     # warmup: part of the epochs in which the learni
         mix=True, whole_epochs=0, checkpoint_every=1),
 }
 RECIPES["lunch"] = RECIPES["laptop"] | dict(
-    epochs=40, whole_epochs=4, batch_size=128, base_lr=1.4e-2, augment="crop")
+    epochs=44, whole_epochs=4, batch_size=128, base_lr=1.4e-2, augment="color")
 LINEAR = dict(                  # with --mode linear, over the recipe
     epochs=100, warmup=0.1, batch_size=512, micro_batch_size=512, base_lr=1e-2, optimizer="adamw",
     weight_decay=0.0, layer_decay=1.0, augment="none", mask_ratio=0.0, mix=False, whole_epochs=0,
@@ -85,7 +85,7 @@ def finetune(settings: argparse.Namespace, machine: Machine) -> None:
     optimizers = make_optimizers(
         model, settings, betas=(0.9, 0.999),                # MAE, table 9
         lr_scale=lambda name: settings.layer_decay ** layers_above(name, settings.depth))
-    learner = Learner(machine.compiled(model), classify, optimizers)
+    learner = Learner(machine.compiled(model, settings), classify, optimizers)
 
     def train_batches(epoch: int):
         return labelled_batches(dataset, model.num_patches, epoch, settings)

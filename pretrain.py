@@ -92,7 +92,7 @@ def pretrain(settings: argparse.Namespace, machine: "Machine") -> None:
     dataset = load_data(settings, machine)
     model = make_model("pretrain", settings, machine)
     optimizers = make_optimizers(model, settings, betas=(0.9, 0.95))    # MAE, table 8
-    learner = Learner(machine.compiled(model), masked_loss, optimizers)
+    learner = Learner(machine.compiled(model, settings), masked_loss, optimizers)
     N = model.encoder.num_patches
 
     def train_batches(epoch: int):
@@ -247,9 +247,13 @@ class Machine:
         """Matrix products in bfloat16; weights, LayerNorms and losses stay in float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def compiled(self, model: nn.Module) -> nn.Module:
-        """The same model, sharing its weights, for training."""
-        return torch.compile(model) if self.compile else model
+    def compiled(self, model: nn.Module, settings: argparse.Namespace) -> nn.Module:
+        """The same model, sharing its weights, for training. On CUDA its operations are issued
+        together, as a CUDA graph; the graph of the next micro-batch would overwrite gradients that
+        are to be added up, so only if there is none."""
+        graphs = self.device.type == "cuda" and settings.batch_size <= settings.micro_batch_size
+        mode = "reduce-overhead" if graphs else None
+        return torch.compile(model, mode=mode) if self.compile else model
 
     def part(self, batch: Tensor) -> Tensor:
         """This process's part of a batch: (B, ...) -> about (B / processes, ...)."""

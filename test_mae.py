@@ -786,7 +786,7 @@ def test_cuda_computes_what_the_cpu_does(kind, runs, flags, tmp_path):
     start = flags[kind].copy()
     place = start.index("--device")
     del start[place:place + 4]                              # auto: CUDA, in bfloat16, compiled
-    for more in (start, ["--resume", "--epochs", 6]):
+    for more in (start, ["--resume", "--epochs", 6, "--micro-batch-size", 5]):
         command = [sys.executable, KINDS[kind].__file__, "--out", tmp_path / "run", *more]
         done = subprocess.run(map(str, command), env=WITH_GPU, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -66,19 +66,24 @@ lunch() {
     local flags="--recipe lunch --dataset cifar10" seed labels
     run pretrain.py pretrain-lunch $flags --compile
     use pretrain-lunch finetune-lunch $flags --compile
+    use pretrain-lunch finetune-lunch-crop $flags --compile --augment crop --epochs 40
     use pretrain-lunch linear-lunch $flags --mode linear
-    run finetune.py scratch-lunch $flags --compile --epochs 69
-    run finetune.py scratch-lunch-mix $flags --compile --epochs 69 --mix
-    local tuned="--layer-decay 1.0 --base-lr 1.75e-3"       # 20 and 40 epochs: in runs.csv from a GPU
-    run finetune.py scratch-lunch-tuned $flags --compile --epochs 69 --mix $tuned
-    run finetune.py scratch-lunch-tuned-40-mix $flags --compile --epochs 40 --mix $tuned
-    run finetune.py scratch-lunch-tuned-40 $flags --compile --epochs 40 $tuned
-    run finetune.py scratch-lunch-tuned-20 $flags --compile --epochs 20 --whole-epochs 2 $tuned
-    run finetune.py scratch-lunch-tuned-10 $flags --compile --epochs 10 --whole-epochs 1 $tuned
     for seed in 1 2; do
         run pretrain.py pretrain-lunch-$seed $flags --compile --seed $seed
         use pretrain-lunch-$seed finetune-lunch-$seed $flags --compile --seed $seed
+        use pretrain-lunch-$seed finetune-lunch-crop-$seed $flags --compile --seed $seed \
+            --augment crop --epochs 40
     done
+    # from scratch, with the layer decay and the rate that are best there
+    local scratch="$flags --compile --layer-decay 1.0 --base-lr 1.75e-3"
+    run finetune.py scratch-lunch-10 $scratch --augment crop --epochs 10 --whole-epochs 1
+    run finetune.py scratch-lunch-20 $scratch --augment crop --epochs 20 --whole-epochs 2
+    run finetune.py scratch-lunch-40-crop $scratch --augment crop --epochs 40
+    run finetune.py scratch-lunch-40-mix $scratch --augment crop --epochs 40 --mix
+    run finetune.py scratch-lunch-40 $scratch --epochs 40
+    run finetune.py scratch-lunch-69-mix $scratch --augment crop --epochs 69 --mix
+    run finetune.py scratch-lunch-69 $scratch --epochs 69
+    run finetune.py scratch-lunch-69-color-mix $scratch --epochs 69 --mix
     # few labels: three draws of labels; each image shown 20 times, or 100 if there are very few
     flags="--recipe laptop --dataset cifar10 --precision bf16 --epochs 1 --mix --augment crop"
     for seed in 0 1 2; do
@@ -96,10 +101,9 @@ lunch() {
 afternoon() {
     local flags="--recipe lunch --dataset cifar10 --compile"
     run pretrain.py pretrain-afternoon $flags --epochs 80 --dim 192 --heads 12
-    use pretrain-afternoon finetune-afternoon-color $flags --epochs 56 --whole-epochs 6 \
-        --augment color
+    use pretrain-afternoon finetune-afternoon $flags --epochs 56 --whole-epochs 6
     # without changed colours
-    use pretrain-afternoon finetune-afternoon $flags --epochs 70 --whole-epochs 7
+    use pretrain-afternoon finetune-afternoon-crop $flags --epochs 70 --whole-epochs 7 --augment crop
 }
 
 gpu() {
@@ -107,7 +111,7 @@ gpu() {
     run pretrain.py gpu-pretrain $flags $sizes --decoder-dim 128 --decoder-depth 2 --epochs 50 \
         --batch-size 512 --base-lr 2.5e-3 --picture-every 20 --checkpoint-every 50
     use gpu-pretrain gpu-linear $flags --mode linear
-    flags+=" --epochs 20 --whole-epochs 2 --batch-size 256 --mix --checkpoint-every 20"
+    flags+=" --epochs 20 --whole-epochs 2 --batch-size 256 --augment crop --mix --checkpoint-every 20"
     use gpu-pretrain gpu-finetune $flags --layer-decay 0.85 --base-lr 7e-3
     run finetune.py gpu-scratch $flags $sizes --layer-decay 1.0 --base-lr 1.25e-3
     run finetune.py gpu-scratch-75 $flags $sizes --layer-decay 1.0 --base-lr 1e-3 --epochs 75 \
@@ -129,11 +133,10 @@ pictures() {
     python visualize.py ratios $sharp --out assets/ratios.png
     python visualize.py architecture $sharp --out assets/architecture.png
     python visualize.py timeline $runs/pretrain-pixels --out assets/timeline.png
-    python visualize.py curves results/logs/scratch-lunch-tuned.csv results/logs/finetune-lunch.csv \
+    python visualize.py curves results/logs/scratch-lunch-69-mix.csv results/logs/finetune-lunch.csv \
         --metric cross-entropy --metric accuracy --out assets/curves.png
-    python visualize.py compute results/runs.csv scratch scratch-lunch-tuned-10 \
-        scratch-lunch-tuned-20 scratch-lunch-tuned-40-mix scratch-lunch-tuned finetune \
-        finetune-20-20 finetune-lunch --out assets/compute.png
+    python visualize.py compute results/runs.csv scratch scratch-lunch-10 scratch-lunch-20 \
+        scratch-lunch-40 scratch-lunch-69-mix finetune finetune-20-20 finetune-lunch --out assets/compute.png
 }
 
 collect() {     # collect [NAME ...]
