@@ -248,9 +248,10 @@ class Machine:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def compiled(self, model: nn.Module, settings: argparse.Namespace) -> nn.Module:
-        """The same model, sharing its weights, for training. On CUDA its operations are issued
-        together, as a CUDA graph; the graph of the next micro-batch would overwrite gradients that
-        are to be added up, so only if there is none."""
+        """The model to train, sharing the weights of `model`: compiled, if that is wanted. On CUDA
+        its kernels are then replayed as one graph instead of launched one by one, unless a batch
+        has several micro-batches: a replay overwrites the gradients that the last one returned, so
+        they could not be added up."""
         graphs = self.device.type == "cuda" and settings.batch_size <= settings.micro_batch_size
         mode = "reduce-overhead" if graphs else None
         return torch.compile(model, mode=mode) if self.compile else model

@@ -11,7 +11,7 @@
 #                                          from all runs in runs/; weights/ of those that are named
 #     bash results/reproduce.sh pictures   assets/, from these and from runs/pretrain-pixels
 #
-# By the arithmetic `lunch` takes about seven hours on two cores of a Zen 5, `afternoon` five, and `gpu` a quarter
+# By the arithmetic `lunch` takes nine to ten hours on two cores of a Zen 5, `afternoon` five, and `gpu` a quarter
 # of an hour on an H200. Without bfloat16 in hardware `lunch` and `afternoon` compute in float32, five times as long.
 # It may be stopped at any time: called again, it skips what is done and resumes what was stopped.
 # To try it at a tiny size, put this in front of a command that trains:
