@@ -63,23 +63,22 @@ laptop() {
 }
 
 lunch() {
-    local flags="--recipe lunch --dataset cifar10" seed labels
+    local flags="--recipe lunch --dataset cifar10" crop="--augment crop --epochs 40" seed labels
     run pretrain.py pretrain-lunch $flags --compile
     use pretrain-lunch finetune-lunch $flags --compile
-    use pretrain-lunch finetune-lunch-crop $flags --compile --augment crop --epochs 40
+    use pretrain-lunch finetune-lunch-crop $flags --compile $crop
     use pretrain-lunch linear-lunch $flags --mode linear
     for seed in 1 2; do
         run pretrain.py pretrain-lunch-$seed $flags --compile --seed $seed
         use pretrain-lunch-$seed finetune-lunch-$seed $flags --compile --seed $seed
-        use pretrain-lunch-$seed finetune-lunch-crop-$seed $flags --compile --seed $seed \
-            --augment crop --epochs 40
+        use pretrain-lunch-$seed finetune-lunch-crop-$seed $flags --compile --seed $seed $crop
     done
     # from scratch, with the layer decay and the rate that are best there
     local scratch="$flags --compile --layer-decay 1.0 --base-lr 1.75e-3"
     run finetune.py scratch-lunch-10 $scratch --augment crop --epochs 10 --whole-epochs 1
     run finetune.py scratch-lunch-20 $scratch --augment crop --epochs 20 --whole-epochs 2
-    run finetune.py scratch-lunch-40-crop $scratch --augment crop --epochs 40
-    run finetune.py scratch-lunch-40-mix $scratch --augment crop --epochs 40 --mix
+    run finetune.py scratch-lunch-40-crop $scratch $crop
+    run finetune.py scratch-lunch-40-mix $scratch $crop --mix
     run finetune.py scratch-lunch-40 $scratch --epochs 40
     run finetune.py scratch-lunch-69-mix $scratch --augment crop --epochs 69 --mix
     run finetune.py scratch-lunch-69 $scratch --epochs 69
@@ -103,7 +102,8 @@ afternoon() {
     run pretrain.py pretrain-afternoon $flags --epochs 80 --dim 192 --heads 12
     use pretrain-afternoon finetune-afternoon $flags --epochs 56 --whole-epochs 6
     # without changed colours
-    use pretrain-afternoon finetune-afternoon-crop $flags --epochs 70 --whole-epochs 7 --augment crop
+    use pretrain-afternoon finetune-afternoon-crop $flags --epochs 70 --whole-epochs 7 \
+        --augment crop
 }
 
 gpu() {
@@ -111,7 +111,8 @@ gpu() {
     run pretrain.py gpu-pretrain $flags $sizes --decoder-dim 128 --decoder-depth 2 --epochs 50 \
         --batch-size 512 --base-lr 2.5e-3 --picture-every 20 --checkpoint-every 50
     use gpu-pretrain gpu-linear $flags --mode linear
-    flags+=" --epochs 20 --whole-epochs 2 --batch-size 256 --augment crop --mix --checkpoint-every 20"
+    flags+=" --augment crop --mix --epochs 20 --whole-epochs 2 --batch-size 256"
+    flags+=" --checkpoint-every 20"
     use gpu-pretrain gpu-finetune $flags --layer-decay 0.85 --base-lr 7e-3
     run finetune.py gpu-scratch $flags $sizes --layer-decay 1.0 --base-lr 1.25e-3
     run finetune.py gpu-scratch-75 $flags $sizes --layer-decay 1.0 --base-lr 1e-3 --epochs 75 \
@@ -136,7 +137,8 @@ pictures() {
     python visualize.py curves results/logs/scratch-lunch-69-mix.csv results/logs/finetune-lunch.csv \
         --metric cross-entropy --metric accuracy --out assets/curves.png
     python visualize.py compute results/runs.csv scratch scratch-lunch-10 scratch-lunch-20 \
-        scratch-lunch-40 scratch-lunch-69-mix finetune finetune-20-20 finetune-lunch --out assets/compute.png
+        scratch-lunch-40 scratch-lunch-69-mix finetune finetune-20-20 finetune-lunch \
+        --out assets/compute.png
 }
 
 collect() {     # collect [NAME ...]
