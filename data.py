@@ -11,7 +11,7 @@ the tensors are. In this order:
     shapes        a data set of drawn shapes, for machines without CIFAR
     run files     written whole or not at all; checkpoints and the models in them
     flags         of the programs that train, and their ranges
-    errors        bad input is one line and exit status 2
+    errors        bad input is one line and exit status 2; progress is a line, too
 
 CIFAR-10 and CIFAR-100: Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images. The
 binary format is described at https://www.cs.toronto.edu/~kriz/cifar.html.
@@ -23,6 +23,7 @@ import datetime
 import hashlib
 import http.client
 import io
+import json
 import math
 import os
 import shutil
@@ -95,9 +96,8 @@ class Dataset:
         return SOURCES[self.name].title
 
     def to(self, device: torch.device) -> "Dataset":
-        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
-        return dataclasses.replace(self, **{name: value.to(device)
-                                            for name, value in tensors.items()})
+        return dataclasses.replace(self, **{name: value.to(device) for name, value in
+                                            vars(self).items() if torch.is_tensor(value)})
 
     def subset(self, ids: Tensor) -> "Dataset":
         """Only these training images."""
@@ -160,8 +160,8 @@ def load_dataset(name: str, data_dir: Path | str) -> Dataset:
     folder = data_dir / source.folder
     if not folder.exists():
         if (data_dir / source.test[0]).exists():
-            raise BadInput(f"--data-dir {data_dir} is the folder of {source.title} itself: name "
-                           "the folder in which it lies")
+            raise BadInput(f"--data-dir {data_dir} is itself the folder of a data set: name the "
+                           "folder in which it lies")
         (make_shapes if name == "shapes" else download)(source, data_dir)
     return Dataset(name, read_class_names(folder, source),
                    *parse_files(folder, source.train, source),
@@ -279,8 +279,8 @@ def mix(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Ten
     each with probability 1/2: an image is blended with the previous one of the batch, or a box of
     that one is pasted into it. Its label is mixed in the same proportion.
 
-    images uint8 (B, 3, H, W), labels (B, classes) as probabilities -> both mixed, as floats. The
-    proportion is uniform, Beta(1, 1) in the papers.
+    images (B, 3, H, W) of 0..255, labels (B, classes) as probabilities -> both mixed, as floats.
+    The proportion is uniform, Beta(1, 1) in the papers.
     """
     B, _, H, W = images.shape
 
@@ -490,9 +490,10 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
     """Read a checkpoint, or the one in a run's folder. No code in it is executed.
 
     Keys: kind ("pretrain" or "classifier"), settings (a value for each of FLAGS[kind]), epoch
-    (epochs done), log (a dict per epoch), model (state dict) and, except in weights.pt, optimizers
-    (the state of each). Raises BadInput if the file is not what the programs write, or of another
-    kind or version; OSError if it cannot be read.
+    (epochs done), log (a dict per epoch), images (how many for training and testing), model (state
+    dict) and, except in weights.pt, optimizers (the state of each) and, of a linear probe, probe.
+    Raises BadInput if the file is not what the programs write, or of another kind or version;
+    OSError if it cannot be read.
     """
     path = Path(path)
     if path.is_dir():
@@ -502,12 +503,10 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
     try:
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(content, map_location="cpu", weights_only=True)
+        version = int(checkpoint["version"])
     except Exception:           # what torch.load raises for damaged files has no common type
         raise BadInput(f"{path} is not a checkpoint, or it is damaged; give the checkpoint.pt or "
                        "weights.pt of a run") from None
-    version = checkpoint.get("version") if isinstance(checkpoint, dict) else None
-    if not isinstance(version, int):
-        raise BadInput(f"{path} is not a checkpoint of pretrain.py or finetune.py")
     if version != CHECKPOINT_VERSION:
         raise BadInput(f"{path} has checkpoint version {version}, this program reads version "
                        f"{CHECKPOINT_VERSION}: use the program that wrote it")
@@ -527,9 +526,7 @@ def is_complete(checkpoint: dict) -> bool:
         return False
     rows = all(isinstance(row, dict) and tuple(row) == LOG_COLUMNS[kind]
                and all(type(value) in (int, float) for value in row.values()) for row in log)
-    weights = all(isinstance(name, str) and torch.is_tensor(value)
-                  for name, value in model.items())
-    return (rows and weights and checkpoint.get("epoch") == len(log)
+    return (rows and checkpoint.get("epoch") == len(log)
             and are_settings(checkpoint.get("settings"), kind))
 
 
@@ -566,21 +563,27 @@ def load_weights(model: nn.Module, weights: dict, path: Path | str) -> None:
         raise BadInput(f"the weights in {path} do not fit the model in its settings") from None
 
 
+def read_settings(run: Path) -> dict:
+    """The settings in the config.json of a run's folder; none if there are none."""
+    try:
+        return dict(json.loads((run / "config.json").read_text())["settings"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
 # ------------------------------------------------------------------------------ flags
 
 
-def number(kind: type, low: float, high: float = math.inf, open_ends: bool = False):
+def number(kind: type, low: float, high: float, open_ends: bool = False):
     """A type for a flag: a number from `low` to `high`, the ends excluded if `open_ends`."""
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        inside = low < value < high if open_ends else low <= value <= high
-        if not inside or math.isinf(value):
+        if not (low < value < high if open_ends else low <= value <= high):
             name = "a whole number" if kind is int else "a number"
-            ends = f"{'above' if open_ends else 'of at least'} {low}"
-            ends += f" and {'below' if open_ends else 'at most'} {high}" if high < math.inf else ""
+            ends = f"above {low} and below {high}" if open_ends else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text!r} is not {name} {ends}")
         return value
     return parse
@@ -661,7 +664,6 @@ RUN_FLAGS = {                   # of one call of a program, not kept with the ru
     "resume": dict(action="store_true", help="continue the run in --out, with its own settings"),
     "benchmark": dict(action="store_true", help="print the speed of these settings, train nothing"),
 }
-
 OPTIONAL = ("limit", "init", "labels_per_class")        # settings that may be None
 
 
@@ -669,8 +671,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of a flag, if it has one."""
 
     def _get_help_string(self, action):
-        shown = action.default not in (None, False) and "(default" not in action.help
-        return super()._get_help_string(action) if shown else action.help
+        hidden = action.default is None or action.default is False or "(default" in action.help
+        return action.help if hidden else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

@@ -18,7 +18,6 @@ if __name__ == "__main__":      # Ctrl-C ends the program at once: a run can be 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import contextlib
 import dataclasses
 import sys
 
@@ -29,9 +28,9 @@ from torch.nn import functional as F
 import data
 import mae
 from data import BadInput
-from pretrain import (MODELS, Learner, Machine, choose_defaults, describe, evaluate, in_batches,
-                      load_data, make_model, make_optimizers, on_machine, open_run, parse_settings,
-                      run_benchmark, train_epoch)
+from pretrain import (MODELS, Learner, Machine, check_given, choose_defaults, describe, evaluate,
+                      in_batches, load_data, make_model, make_optimizers, on_machine, open_run,
+                      parse_settings, run_benchmark, train_epoch)
 
 RECIPES = {                     # warmup: part of the epochs in which the learning rate rises
     "full": dict(
@@ -42,13 +41,11 @@ RECIPES = {                     # warmup: part of the epochs in which the learni
         MODELS["laptop"], pool="mean", epochs=4, warmup=0.125, batch_size=64, base_lr=2e-2,
         optimizer="muon", weight_decay=0.05, layer_decay=0.75, augment="flip", mask_ratio=0.5,
         mix=False, whole_epochs=0, checkpoint_every=1),
-    "strong": dict(
-        MODELS["full"], pool="mean", epochs=100, warmup=0.05, batch_size=128, base_lr=2e-3,
-        optimizer="adamw", weight_decay=0.05, layer_decay=0.8, augment="crop", mask_ratio=0.0,
-        mix=True, whole_epochs=0, checkpoint_every=1),
 }
 RECIPES["lunch"] = RECIPES["laptop"] | dict(
     epochs=44, whole_epochs=4, batch_size=128, base_lr=1.4e-2, augment="color")
+RECIPES["strong"] = RECIPES["full"] | dict(
+    pool="mean", base_lr=2e-3, layer_decay=0.8, augment="crop", mix=True)
 LINEAR = dict(                  # with --mode linear, over the recipe
     epochs=100, warmup=0.1, batch_size=512, micro_batch_size=512, base_lr=1e-2, optimizer="adamw",
     weight_decay=0.0, layer_decay=1.0, augment="none", mask_ratio=0.0, mix=False, whole_epochs=0,
@@ -67,10 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     if first.mode == "linear" and not first.resume:
         defaults |= LINEAR
     settings = parse_settings("classifier", HELP, defaults | sizes, argv)
-    for name, size in sizes.items():
-        if getattr(settings, name) != size:
-            raise BadInput(f"--{name.replace('_', '-')}: the encoder of {first.init} has {size}; "
-                           "leave the flag out")
+    check_given(settings, sizes, f"the encoder of {first.init}")
     if settings.mode == "linear":
         check_linear(settings)
     with on_machine(settings) as machine:
@@ -95,7 +89,7 @@ def finetune(settings: argparse.Namespace, machine: Machine) -> None:
         return run_benchmark(learner, train_batches, settings, machine)
     with open_run("classifier", settings.mode if settings.init else "scratch", settings,
                   machine) as run:
-        if not run.restore(model, optimizers) and settings.init:
+        if not run.restore(optimizers, model=model) and settings.init:
             load_encoder(model, settings, machine)
         for epoch in run.epochs_left():
             trained, speed = train_epoch(learner, train_batches(epoch), epoch, run.progress,
@@ -115,20 +109,19 @@ def probe(settings: argparse.Namespace, machine: Machine) -> None:
     machine = dataclasses.replace(machine, processes=1)
     classifier = make_model("classifier", settings, machine)
     describe("classifier", settings, machine, classifier, dataset)
+    head = nn.Linear(classifier.dim, len(dataset.classes), device=machine.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizers = make_optimizers(head, settings, betas=(0.9, 0.999))
+    learner = Learner(head, classify, optimizers)
     with open_run("classifier", "linear", settings, machine) as run:
-        if not run.restore(classifier):
+        if not run.restore(optimizers, model=classifier, probe=head):
             load_encoder(classifier, settings, machine)
         features = compute_features(classifier, dataset.train_images, machine, exact=False)
         tests = compute_features(classifier, dataset.test_images, machine, exact=True)
         var, mean = torch.var_mean(features, dim=0, correction=0)           # (D,)
         std = (var + 1e-6).sqrt()
         features, tests = (features - mean) / std, (tests - mean) / std
-        head = nn.Linear(classifier.dim, len(dataset.classes), device=machine.device)
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-        optimizers = make_optimizers(head, settings, betas=(0.9, 0.999))
-        run.restore(head, optimizers, key="probe")
-        learner = Learner(head, classify, optimizers)
         for epoch in run.epochs_left():
             batches = feature_batches(features, dataset.train_labels, epoch, settings)
             trained, speed = train_epoch(learner, batches, epoch, run.progress, settings, machine)
@@ -217,10 +210,7 @@ def check_linear(settings: argparse.Namespace) -> None:
         raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
     fixed = dict(repeat=1, benchmark=False) | {name: LINEAR[name] for name in (
         "optimizer", "layer_decay", "augment", "mask_ratio", "mix", "whole_epochs", "compile")}
-    for name, value in fixed.items():
-        if getattr(settings, name) != value:
-            raise BadInput(f"--{name.replace('_', '-')}: a linear probe trains one layer on "
-                           "features that are computed once; leave the flag out")
+    check_given(settings, fixed, "a linear probe, whose features are computed once,")
 
 
 @torch.no_grad()
@@ -232,7 +222,7 @@ def compute_features(classifier: mae.ViTClassifier, images: Tensor, machine: Mac
     """
     classifier.eval()
     progress, features = data.Progress(len(images)), []
-    with contextlib.nullcontext() if exact else machine.autocast():
+    with machine.autocast(exact):
         for batch, in in_batches(images):
             features.append(classifier.features(batch).float())
             if progress.advance(len(batch)):

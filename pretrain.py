@@ -7,8 +7,9 @@ epoch (log.csv), the state to resume from (checkpoint.pt), the final weights in 
 Read from top to bottom: recipes, `main`, the story (`pretrain`), and then what the story calls, in
 this order:
 
+    batches       images, and what is hidden of them
     settings      the command line, over a recipe or over the run that is resumed
-    machine       processes, device, precision, compilation
+    machine       processes, device, precision, compilation; data set and model on it
     training      one epoch: gradients, learning rate, evaluation
     optimizers    AdamW and Muon
     run folder    log, checkpoints, resuming
@@ -106,7 +107,7 @@ def pretrain(settings: argparse.Namespace, machine: "Machine") -> None:
     if settings.benchmark:
         return run_benchmark(learner, train_batches, settings, machine)
     with open_run("pretrain", "pretrain", settings, machine) as run:
-        run.restore(model, optimizers)
+        run.restore(optimizers, model=model)
         caption = f"{dataset.title} {test_name(settings)} images · {run.out.resolve().name}"
 
         def save_picture(epoch: int) -> None:
@@ -126,6 +127,9 @@ def pretrain(settings: argparse.Namespace, machine: "Machine") -> None:
                 if epoch % settings.picture_every == 0 or epoch in (1, settings.epochs):
                     save_picture(epoch)
                 run.end_epoch(loss + test_loss, speed, model, optimizers)
+
+
+# ------------------------------------------------------------------------------ batches
 
 
 def mae_batches(images: Tensor, num_patches: int, epoch: int, settings: argparse.Namespace):
@@ -159,16 +163,21 @@ def choose_defaults(kind: str, recipes: dict,
                     argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """Parse the flags that decide the defaults of the others. Returns them and these defaults: the
     settings of the run that is resumed, or else those of a recipe. Raises BadInput."""
-    flags = data.FLAGS["classifier"] | data.RUN_FLAGS       # init and mode: of finetune.py
+    flags = data.FLAGS[kind] | data.RUN_FLAGS
     parser = data.Parser(add_help=False)
-    parser.add_flags({name: flags[name] for name in ("init", "mode", "out", "resume")})
-    parser.add_argument("--recipe", choices=list(recipes),
-                        default="full" if torch.cuda.is_available() else "laptop")
+    parser.add_flags({name: flags[name] for name in ("recipe", "init", "mode", "out", "resume")
+                      if name in flags})
+    parser.set_defaults(recipe="full" if torch.cuda.is_available() else "laptop")
     first, _ = parser.parse_known_args(argv)
-    if first.resume and not first.out:
+    if not first.resume:
+        return first, dict(recipes[first.recipe], recipe=first.recipe)
+    if not first.out:
         raise BadInput("--resume needs --out RUN, the run to continue")
-    return first, (read_settings(first.out, kind) if first.resume else
-                   dict(recipes[first.recipe], recipe=first.recipe))
+    settings = data.read_settings(first.out)
+    if not data.are_settings(settings, kind):
+        raise BadInput(f"--resume: {first.out} has no config.json with the settings of a run of "
+                       f"{data.PROGRAMS[kind]}")
+    return first, settings
 
 
 def parse_settings(kind: str, text: str, defaults: dict,
@@ -199,25 +208,18 @@ def parse_settings(kind: str, text: str, defaults: dict,
 def check_same_run(settings: argparse.Namespace, own: dict) -> None:
     """Raises BadInput if the settings would change what the resumed run learns, except that there
     may be more epochs."""
+    own = {name: value for name, value in own.items() if name not in MAY_CHANGE
+           and not (name == "epochs" and settings.epochs > value)}
+    check_given(settings, own, f"the run in {settings.out}")
+
+
+def check_given(settings: argparse.Namespace, own: dict, owner: str) -> None:
+    """Raises BadInput if the settings differ from those that their owner has."""
     for name, value in own.items():
-        new = getattr(settings, name)
-        if new != value and name not in MAY_CHANGE and not (name == "epochs" and new > value):
-            raise BadInput(f"--{name.replace('_', '-')}: the run in {settings.out} has {value}, "
-                           f"not {new}; leave the flag out, or start another run")
-
-
-def read_settings(out: Path, kind: str) -> dict:
-    """The settings of the run in a folder. Raises BadInput."""
-    try:
-        settings = json.loads((out / "config.json").read_text())["settings"]
-    except FileNotFoundError:
-        raise BadInput(f"--resume: {out} has no config.json, which a run has") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        settings = None
-    if not data.are_settings(settings, kind):
-        raise BadInput(f"{out / 'config.json'} does not hold the settings of a run of "
-                       f"{data.PROGRAMS[kind]}")
-    return settings
+        given = getattr(settings, name)
+        if given != value:
+            raise BadInput(f"--{name.replace('_', '-')}: {owner} has {value}, not {given}; leave "
+                           "the flag out")
 
 
 def test_name(settings: argparse.Namespace) -> str:
@@ -233,7 +235,6 @@ class Machine:
     """Where a program runs: this process, its device, how it computes."""
     device: torch.device
     precision: str              # "fp32" or "bf16"
-    compile: bool
     rank: int = 0               # of this process
     local_rank: int = 0         # of this process among those on its computer
     processes: int = 1
@@ -243,18 +244,20 @@ class Machine:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def autocast(self):
-        """Matrix products in bfloat16; weights, LayerNorms and losses stay in float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+    def autocast(self, exact: bool = False):
+        """Matrix products in bfloat16, unless `exact`; weights, LayerNorms and losses stay in
+        float32."""
+        enabled = self.precision == "bf16" and not exact
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def compiled(self, model: nn.Module, settings: argparse.Namespace) -> nn.Module:
         """The model to train, sharing the weights of `model`: compiled, if that is wanted. On CUDA
-        its kernels are then replayed as one graph instead of launched one by one, unless a batch
-        has several micro-batches: a replay overwrites the gradients that the last one returned, so
+        its kernels are then replayed as one graph instead of launched one by one, unless a batch is
+        larger than a micro-batch: a replay overwrites the gradients that the last one returned, so
         they could not be added up."""
         graphs = self.device.type == "cuda" and settings.batch_size <= settings.micro_batch_size
         mode = "reduce-overhead" if graphs else None
-        return torch.compile(model, mode=mode) if self.compile else model
+        return torch.compile(model, mode=mode) if settings.compile else model
 
     def part(self, batch: Tensor) -> Tensor:
         """This process's part of a batch: (B, ...) -> about (B / processes, ...)."""
@@ -290,9 +293,6 @@ def on_machine(settings: argparse.Namespace):
         torch.cuda.set_device(device)
     if settings.precision == "auto":
         settings.precision = "bf16" if multiplies_bf16(name) else "fp32"
-    if settings.precision == "bf16" and not multiplies_bf16(name) and rank == 0:
-        print(f"note: this {name} has no matrix products in bfloat16; --precision fp32 is faster",
-              file=sys.stderr)
     settings.compile = decide_to_compile(settings.compile, device)
     if settings.micro_batch_size is None:
         settings.micro_batch_size = 512 if name == "cuda" else 128
@@ -300,7 +300,7 @@ def on_machine(settings: argparse.Namespace):
     if processes > 1:                                       # the main process may download for long
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=1),
                                 device_id=device if name == "cuda" else None)
-    yield Machine(device, settings.precision, settings.compile, rank, local_rank, processes)
+    yield Machine(device, settings.precision, rank, local_rank, processes)
     if processes > 1:           # skipped after an error, when the others may never get here
         dist.barrier()                                      # leave together, or gloo may abort
         dist.destroy_process_group()
@@ -396,7 +396,6 @@ def describe(kind: str, settings: argparse.Namespace, machine: Machine, model: n
 
 # ------------------------------------------------------------------------------ training
 
-
 DIVERGED = ("the last checkpoint is kept: lower --base-lr or raise --warmup-epochs in a new "
             "run")
 
@@ -481,7 +480,7 @@ def evaluate(model: nn.Module, objective: Callable, batches: Iterable, machine: 
     """
     model.eval()
     total = count = 0
-    with contextlib.nullcontext() if exact else machine.autocast():
+    with machine.autocast(exact):
         for batch in batches:
             total = total + objective(model, *batch)[1] * len(batch[0])
             count += len(batch[0])
@@ -642,33 +641,24 @@ class Run:
         self.log: list[dict] = []                           # the rows of log.csv
         self.row_began = time.monotonic()
 
-    def restore(self, model: nn.Module, optimizers: list[torch.optim.Optimizer] = (),
-                key: str = "model") -> bool:
+    def restore(self, optimizers: list[torch.optim.Optimizer], **modules: nn.Module) -> bool:
         """Continue after the last checkpoint, if this run is resumed and has one. Returns whether
-        it has one. Raises BadInput.
+        that is so. Raises BadInput.
 
-        key: where in the checkpoint the weights of `model` are.
+        modules: by the key that the weights of each have in the checkpoint.
         """
         path, settings = self.out / "checkpoint.pt", self.settings
-        if not settings.resume:
-            return False
-        if not path.exists():
-            if self.machine.main and key == "model":
-                print("note: the run has no checkpoint yet, so it starts again", file=sys.stderr)
+        if not settings.resume or not path.exists():
             return False
         checkpoint = data.load_checkpoint(path, self.kind)
-        own = checkpoint["settings"]
-        check_same_run(settings, own)                       # config.json may have been changed
-        if settings.epochs > own["epochs"] and self.machine.main and key == "model":
-            print(f"schedule: the cosine now ends after epoch {settings.epochs}, not "
-                  f"{own['epochs']}, so the learning rate rises again")
+        check_same_run(settings, checkpoint["settings"])    # config.json may have been changed
         if checkpoint.get("images") != settings.images:
             raise BadInput(f"{self.out} was trained and tested on {checkpoint.get('images')} "
                            f"images, {settings.data_dir} has {settings.images}: name the "
                            "folder of its data set with --data-dir")
-        data.load_weights(model, checkpoint.get(key), path)
-        if optimizers:
-            load_optimizers(optimizers, checkpoint.get("optimizers"), path)
+        for key, module in modules.items():
+            data.load_weights(module, checkpoint.get(key), path)
+        load_optimizers(optimizers, checkpoint.get("optimizers"), path)
         self.log = checkpoint["log"]
         return True
 

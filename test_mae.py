@@ -1,8 +1,9 @@
 """The tests: `pytest test_mae.py`.
 
 In this order: the model, the data, the programs, interruption, several processes, bad input,
-pictures, the README. Programs run through their command lines, `run(program, *flags)`, on small
-models and files made here. No test needs the network, and only one the real CIFAR-10.
+pictures, the README, the results. Programs run through their command lines, `run(program,
+*flags)`, on small models and files made here. No test needs the network, and only one the real
+CIFAR-10.
 """
 import argparse
 import collections
@@ -54,11 +55,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""     # the same tests everywhere; one ask
 torch.set_num_threads(1)            # models this small gain nothing from more
 TINY = dict(patch_size=8, dim=16, depth=2, heads=2, decoder_dim=12, decoder_depth=1,
             decoder_heads=2)
-CPU = pretrain.Machine(torch.device("cpu"), "fp32", compile=False)
+CPU = pretrain.Machine(torch.device("cpu"), "fp32")
 
 
-def random_images(count: int, side: int = 32, seed: int = 0) -> torch.Tensor:
-    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+def random_images(count: int, side: int = 32) -> torch.Tensor:
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def random_noise(count: int, patches: int, seed: int = 1) -> torch.Tensor:
@@ -145,12 +146,6 @@ def test_loss_is_the_one_computed_in_numpy(norm_pix_loss):
             errors.append(((pred[b, row * 4 + column] - target) ** 2).mean())
     assert len(errors) == 3 * 12
     assert loss.item() == pytest.approx(np.mean(errors), rel=1e-5)
-
-
-def test_another_mask_ratio_gives_what_a_model_of_that_ratio_gives():
-    images, noise = random_images(3), random_noise(3, 16)
-    for a, b in zip(tiny_mae(mask_ratio=0.25)(images, noise), tiny_mae()(images, noise, 0.25)):
-        assert torch.equal(a, b)
 
 
 TORCH_NAMES = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj": "attn.proj",
@@ -533,16 +528,10 @@ def test_pretraining_leaves_a_whole_run_folder(runs):
         assert half["model"][name].equal(value.half())
 
 
-def test_fine_tuning_starts_from_the_pretrained_encoder_and_a_linear_probe_keeps_it(
-        runs, flags, tmp_path):
-    succeed(finetune, *flags["finetune"], "--epochs", 1, "--base-lr", 1e-12, "--out",
-            tmp_path / "run")
+def test_a_linear_probe_keeps_the_pretrained_encoder_and_fine_tuning_changes_it(runs):
     pretrained, log = read_model(runs["pretrain"]), read_log(runs["linear"])
-    for folder, tolerance in ((tmp_path / "run", 1e-5), (runs["linear"], 0)):
-        for name, value in read_model(folder).items():
-            if not name.startswith("head."):
-                torch.testing.assert_close(value, pretrained[f"encoder.{name}"], rtol=tolerance,
-                                           atol=tolerance)
+    for name, value in read_model(runs["linear"]).items():
+        assert name.startswith("head.") or value.equal(pretrained[f"encoder.{name}"]), name
     assert float(log[-1]["train_loss"]) < float(log[0]["train_loss"])
     tuned = read_model(runs["finetune"])["blocks.0.attn.qkv.weight"]
     assert not torch.equal(tuned, pretrained["encoder.blocks.0.attn.qkv.weight"])
@@ -732,7 +721,7 @@ def test_gradients_add_up_to_the_same_step_whatever_the_micro_batch(micro):
 @pytest.mark.parametrize("recipe", finetune.RECIPES)
 def test_a_step_makes_nothing_on_another_device(recipe, monkeypatch):
     """As a GPU would find out; here on the device `meta`, whose tensors have no values."""
-    machine = pretrain.Machine(torch.device("meta"), "fp32", compile=False)
+    machine = pretrain.Machine(torch.device("meta"), "fp32")
     monkeypatch.setattr(pretrain.Machine, "autocast", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(data, "seeded_generator", lambda *_: torch.Generator())
     images, labels = torch.zeros(64, 3, 32, 32, dtype=torch.uint8), torch.zeros(64).long()
@@ -757,11 +746,9 @@ def test_a_step_makes_nothing_on_another_device(recipe, monkeypatch):
             optimizer.step()
 
 
-def test_a_seed_fixes_the_run_and_another_seed_changes_it(runs, flags, tmp_path):
-    for seed in (0, 1):
-        succeed(pretrain, *flags["pretrain"], "--seed", seed, "--out", tmp_path / str(seed))
-    assert_same_run(runs["pretrain"], tmp_path / "0")
-    assert read_log(tmp_path / "1") != read_log(runs["pretrain"])
+def test_another_seed_gives_another_run(runs, flags, tmp_path):
+    succeed(pretrain, *flags["pretrain"], "--seed", 1, "--out", tmp_path / "run")
+    assert read_log(tmp_path / "run") != read_log(runs["pretrain"])
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "scratch"])
@@ -866,18 +853,16 @@ def test_a_resumed_run_computes_as_before_wherever_it_is_resumed(
     assert_close_logs(killed, runs[kind], 1e-3 if how == "--compile" else 0.03)
 
 
-def test_more_epochs_can_be_asked_for_and_what_the_schedule_does_is_said(runs, tmp_path,
-                                                                         monkeypatch):
+def test_a_resumed_run_may_have_more_epochs(runs, tmp_path, monkeypatch):
     out = tmp_path / "run"
     shutil.copytree(runs["pretrain"], out)
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--resume"])
-    text = succeed(pretrain, "--out", out, "--resume", "--epochs", 5, "--micro-batch-size", 5,
-                   "--checkpoint-every", 2, "--picture-every", 2)
+    succeed(pretrain, "--out", out, "--resume", "--epochs", 5, "--micro-batch-size", 5,
+            "--checkpoint-every", 2, "--picture-every", 2)
     assert read_settings(out)["micro_batch_size"] == 5
     commands = [json.loads((folder / "config.json").read_text())["command"]
                 for folder in (out, runs["pretrain"])]
     assert commands[0] == commands[1]                       # how the run was started
-    assert "the cosine now ends after epoch 5, not 3" in text
     log = read_log(out)
     assert [row["epoch"] for row in log] == list("12345")
     assert log[:3] == read_log(runs["pretrain"]) and float(log[3]["lr"]) > 0 == float(log[4]["lr"])
@@ -914,7 +899,6 @@ def test_a_run_whose_folder_is_taken_away_ends_and_leaves_another_run_alone(
 def run_in_child(module: str, flags: list[str], output: str, environment: dict[str, str],
                  at: tuple[str, int] | None) -> None:
     torch.set_num_threads(1)
-    os.environ.pop("COLUMNS", None)
     os.environ.update(environment)
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o600)
     os.dup2(handle, 1)
@@ -1145,11 +1129,10 @@ def assert_bad_input(folder: Path, message: str, program, *flags) -> None:
 
 
 @pytest.mark.parametrize("number, good, bad", [
-    (data.number(int, 1), ["1", "7", "1000000"], ["0", "-3", "2.5", "many", "", "nan", "1e3"]),
+    (data.COUNT, ["1", "7", "1000000"], ["0", "-3", "2.5", "many", "", "nan", "1e3"]),
     (data.number(int, 0, 9), ["0", "9"], ["-1", "10"]),
     (data.number(float, 0, 1), ["0", "1", "0.5", "1e-3"], ["-0.1", "1.1", "nan", "inf", "x"]),
-    (data.number(float, 0, 1, open_ends=True), ["0.5"], ["0", "1", "nan", "-inf"]),
-    (data.number(float, 0), ["0", "1e300"], ["inf", "-1", "1e999"])])
+    (data.number(float, 0, 1, open_ends=True), ["0.5"], ["0", "1", "nan", "-inf"])])
 def test_a_number_is_within_its_range(number, good, bad):
     for text in good:
         assert number(text) == float(text)
@@ -1159,20 +1142,19 @@ def test_a_number_is_within_its_range(number, good, bad):
 
 
 BAD_INPUT = [
-    (pretrain, "--epochs 0", "--epochs: '0' is not a whole number of at least 1"),
+    (pretrain, "--epochs 0", "--epochs: '0' is not a whole number from 1 to 1000000"),
     (pretrain, "--mask-ratio 1", "--mask-ratio: '1' is not a number above 0 and below 1"),
-    (pretrain, "--base-lr nan", "--base-lr: 'nan' is not a number above 0 and below 1000"),
     (pretrain, "--epoch 3", "unrecognized arguments: --epoch 3"),
     (pretrain, "--epochs 2 --warmup-epochs 3", "--warmup-epochs 3 is longer than --epochs 2"),
     (pretrain, "--patch-size 5", "patch size 5 does not divide an image of 32 x 32"),
     (pretrain, "--limit 201", "--limit 201: only 200 training images"),
     (pretrain, "--validation 200", "--validation 200: cifar10 has 200 training images"),
-    (pretrain, "--data-dir {data}/cifar-10-batches-bin", "is the folder of CIFAR-10 itself"),
+    (pretrain, "--data-dir {data}/cifar-10-batches-bin", "is itself the folder of a data set"),
     (pretrain, "--benchmark --out {empty}/x", "--benchmark leaves no run"),
     (pretrain, "--out {empty}/file/run", "file/run: Not a directory"),
     (pretrain, "--out {runs}/finetune", "{runs}/finetune already holds a run"),
     (pretrain, "--resume", "--resume needs --out RUN"),
-    (pretrain, "--resume --out {empty}", "{empty} has no config.json"),
+    (pretrain, "--resume --out {empty}", "{empty} has no config.json with the settings of a run"),
     (pretrain, "--resume --out {runs}/finetune", "settings of a run of pretrain.py"),
     (pretrain, "--resume --out {runs}/pretrain --dim 32", "--dim: the run in"),
     (pretrain, "--resume --out {runs}/pretrain --epochs 2", "--epochs: the run in"),
@@ -1184,17 +1166,14 @@ BAD_INPUT = [
     (finetune, "--init {empty}/file", "file is not a checkpoint, or it is damaged"),
     (finetune, "--init {runs}/finetune", "from pretrain.py is needed"),
     (finetune, "--init {runs}/pretrain --dim 32", "--dim: the encoder of"),
-    (finetune, "--resume --out {runs}/finetune --mode linear", "--mode: the run in"),
     (finetune, "--mode linear", "--mode linear needs --init"),
     *((finetune, f"--mode linear --init {{runs}}/pretrain {flag}", flag.split()[0])
       for flag in ("--augment flip", "--mix", "--whole-epochs 1", "--layer-decay 0.5",
                    "--repeat 2", "--benchmark")),
-    (finetune, "--evaluate {empty}/file", "file is not a checkpoint, or it is damaged"),
     (finetune, "--evaluate {runs}/pretrain", "from finetune.py is needed"),
     (finetune, "--evaluate {runs}/finetune --dataset cifar100", "distinguishes 10 classes"),
     (visualize, "--out {empty}/x.jpg", "must end in .png"),
     (visualize, "reconstruct {empty}/x.png --out {empty}/x.png", "is one of the pictures to read"),
-    (visualize, "reconstruct --checkpoint {empty}/file", "is not a checkpoint, or it is damaged"),
     (visualize, "reconstruct --checkpoint {runs}/pretrain --indices 40", "numbered 0 to 39"),
     (visualize, "reconstruct --checkpoint {runs}/pretrain --mask-ratio 0.99", "leaves no visible"),
     (visualize, "attention --checkpoint {runs}/pretrain --block 3", "--block 3: the encoder has 1"),
@@ -1426,7 +1405,7 @@ def test_a_config_that_does_not_hold_the_settings_of_a_run(config, runs, tmp_pat
     if isinstance(config, dict):
         config = json.dumps({"settings": read_settings(out) | config})
     (out / "config.json").write_text(config, errors="surrogateescape")
-    assert_bad_input(out, "config.json does not hold the settings of a run of pretrain.py",
+    assert_bad_input(out, "has no config.json with the settings of a run of pretrain.py",
                      pretrain, "--out", out, "--resume")
 
 
@@ -1462,11 +1441,10 @@ def test_a_reconstruction_shows_what_was_masked_predicted_and_there(norm_pix_los
 
 
 PICTURES = [
-    "reconstruct --checkpoint {runs}/pretrain --count 2 --raw --split train --mask-ratio 0.5",
+    "reconstruct --checkpoint {runs}/pretrain --count 2 --raw --mask-ratio 0.5",
     "ratios --checkpoint {runs}/pretrain --indices 3,1,12",
     "timeline {runs}/pretrain",
     "timeline {runs}/pretrain --out x.gif",
-    "timeline {runs}/pretrain --out x.webp",
     "curves {runs}/finetune {runs}/scratch/log.csv {runs}/linear --x time --log",
     f"compute {HERE}/results/runs.csv scratch finetune",
     "attention --checkpoint {runs}/finetune --patch 1,2 --block 1",

@@ -22,7 +22,6 @@ import argparse
 import csv
 import functools
 import io
-import json
 import math
 import sys
 import textwrap
@@ -177,9 +176,9 @@ def save_png(picture: Image.Image, path: Path | str) -> None:
 
 
 def save_animation(frames: list[Image.Image], path: Path) -> None:
-    """Write a GIF or WebP that dwells on its last frame. Raises OSError."""
-    content, kind = io.BytesIO(), path.suffix[1:].upper()
-    frames[0].save(content, kind, save_all=True, append_images=frames[1:], loop=0, lossless=True,
+    """Write a GIF that dwells on its last frame. Raises OSError."""
+    content = io.BytesIO()
+    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], loop=0,
                    duration=[400] * (len(frames) - 1) + [3000])    # milliseconds
     data.write_file(path, content.getvalue())
 
@@ -737,15 +736,6 @@ def read_compute(path: Path, names: list[str]) -> dict[str, list[tuple]]:
     return {label: points for label, points in families.items() if points}
 
 
-def settings_beside(run: Path) -> dict:
-    """The settings in the config.json of a run, or beside a log, or none if there are none."""
-    folder = run if run.is_dir() else run.parent
-    try:
-        return dict(json.loads((folder / "config.json").read_text())["settings"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
-
-
 def title_of(dataset: str) -> str:
     return data.SOURCES[dataset].title if dataset in data.SOURCES else dataset
 
@@ -768,8 +758,9 @@ def run_label(path: Path, settings: dict) -> str:
 def load_images(args: argparse.Namespace, dataset: str, size: int):
     """What to draw: images uint8 (n, 3, size, size), a label for each, where they are from.
 
-    These are the given files, or else images of the data set. It is downloaded only if --dataset
-    asks for it; if it is missing, the examples of this repository take its place. Raises BadInput.
+    These are the given files, or else test images of the data set. It is downloaded only if
+    --dataset asks for it; if it is missing, the examples of this repository take its place. Raises
+    BadInput.
     """
     name, files = args.dataset or dataset, args.images
     title = title_of(name)
@@ -785,13 +776,12 @@ def load_images(args: argparse.Namespace, dataset: str, size: int):
         images = torch.stack([read_image(file, size) for file in files])
         return images, [file.stem for file in files], "image files"
     loaded, chosen = data.load_dataset(name, args.data_dir), args.indices or range(args.count)
-    images = getattr(loaded, f"{args.split}_images")
+    images, labels = loaded.test_images, loaded.test_labels
     if max(chosen) >= len(images):
-        raise BadInput(f"image {max(chosen)}: the {args.split} images of {title} are numbered 0 to "
+        raise BadInput(f"image {max(chosen)}: the test images of {title} are numbered 0 to "
                        f"{len(images) - 1}; see --indices and --count")
-    labels = getattr(loaded, f"{args.split}_labels")
     names = [f"{i} {loaded.classes[labels[i]]}" for i in chosen]
-    return images[list(chosen)], names, f"{title} {args.split} images"
+    return images[list(chosen)], names, f"{title} test images"
 
 
 # ------------------------------------------------------------------------------ the program
@@ -834,8 +824,8 @@ def run_ratios(args: argparse.Namespace) -> Image.Image:
 
 
 def run_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
-    """The same images and masks over a run: .png is a sheet, .gif and .webp are animations."""
-    epochs, settings = read_epochs(args.RUN), settings_beside(args.RUN)
+    """The same images and masks over a run: .png is a sheet, .gif an animation."""
+    epochs, settings = read_epochs(args.RUN), data.read_settings(args.RUN)
     caption = run_label(args.RUN, settings)
     if isinstance(settings.get("mask_ratio"), float):
         norm_pix_loss = settings.get("norm_pix_loss") is True
@@ -851,7 +841,7 @@ def run_curves(args: argparse.Namespace) -> Image.Image:
     """Losses, accuracies and learning rates of runs."""
     runs = {}
     for path in args.logs:
-        label = run_label(path, settings_beside(path))
+        label = run_label(path, data.read_settings(path if path.is_dir() else path.parent))
         runs[label if label not in runs else str(path)] = read_log(path)
     return draw_curves(runs, args.x, args.log, args.metric)
 
@@ -907,9 +897,8 @@ FLAGS = {
     "names": dict(nargs="+", help="classifiers in the table"),
     "--checkpoint": dict(type=Path, help="file, or a run's folder",
                          default=HERE / "results" / "weights" / "pretrain-pixels.pt"),
-    "--indices": dict(type=whole_numbers, help="of images, such as 0,3,12 (default: the first)"),
+    "--indices": dict(type=whole_numbers, help="of test images: 0,3,12 (default: the first)"),
     "--count": dict(type=data.number(int, 1, 60), default=6, help="how many images to draw"),
-    "--split": dict(choices=["train", "test"], default="test", help="of the data set"),
     "--dataset": dict(choices=data.SOURCES, help="downloaded if it is missing (default: the "
                       "checkpoint's, never downloaded)"),
     "--data-dir": dict(type=Path, default=Path("data"), help="folder of the data sets' folders"),
@@ -923,11 +912,11 @@ FLAGS = {
                      f"(default: {', '.join(USUAL)})"),
     "--patch": dict(type=whole_numbers, help="ROW,COLUMN of the patch that looks, counted from 0 "
                     "(default: the class token looks)"),
-    "--block": dict(type=data.number(int, 1), help="which one of the encoder, counted from 1 "
+    "--block": dict(type=data.COUNT, help="which one of the encoder, counted from 1 "
                     "(default: the last)"),
     "--out": dict(type=Path, help="file to write"),
 }
-IMAGES = ("images", "--checkpoint", "--indices", "--count", "--split", "--dataset", "--data-dir")
+IMAGES = ("images", "--checkpoint", "--indices", "--count", "--dataset", "--data-dir")
 
 
 def make_parser() -> data.Parser:
@@ -959,7 +948,7 @@ def main(argv: list[str] | None = None) -> None:
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["reconstruct", *argv]
     args = make_parser().parse_args(argv)
-    kinds = (".png", ".gif", ".webp") if args.run is run_timeline else (".png",)
+    kinds = (".png", ".gif") if args.run is run_timeline else (".png",)
     if args.out.suffix not in kinds:
         raise BadInput(f"--out {args.out}: its name must end in {' or '.join(kinds)}")
     if args.out.resolve() in [file.resolve() for file in getattr(args, "images", [])]:
