@@ -35,7 +35,7 @@ use() {         # use PRETRAINING NAME FLAGS...
 }
 
 laptop() {
-    local flags="--recipe laptop --dataset cifar10 --precision fp32" start
+    local flags="--recipe laptop --dataset cifar10 --precision fp32" start seed
     # the defaults
     run pretrain.py pretrain $flags
     run finetune.py scratch $flags
@@ -46,6 +46,10 @@ laptop() {
     # the defaults in bfloat16
     run pretrain.py pretrain-bf16 $flags --precision bf16
     use pretrain-bf16 finetune-bf16 $flags --precision bf16
+    for seed in 1 2; do
+        run pretrain.py pretrain-bf16-$seed $flags --precision bf16 --seed $seed
+        use pretrain-bf16-$seed finetune-bf16-$seed $flags --precision bf16 --seed $seed
+    done
     # the pictures
     run pretrain.py pretrain-pixels $flags --precision bf16 --compile --patch-size 2 \
         --no-norm-pix-loss
