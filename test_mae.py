@@ -573,6 +573,13 @@ def test_settings_are_chosen_on_images_held_out_and_evaluated_on_the_test_images
     assert "40 test images" in out
 
 
+def test_help_shows_the_default_of_a_number_even_if_it_is_0():
+    text = " ".join(succeed(finetune, "--help").split())
+    for shown in ("passes over the training images (default: 4)", "and masks (default: 0)"):
+        assert shown in text
+    assert "default: None" not in text and "default: False" not in text
+
+
 def test_a_run_has_a_folder_whose_name_says_what_it_is(flags, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, kind, more in [
