@@ -503,7 +503,7 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
     try:
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(content, map_location="cpu", weights_only=True)
-        version = int(checkpoint["version"])
+            version = int(checkpoint["version"])
     except Exception:           # what torch.load raises for damaged files has no common type
         raise BadInput(f"{path} is not a checkpoint, or it is damaged; give the checkpoint.pt or "
                        "weights.pt of a run") from None
@@ -564,7 +564,8 @@ def load_weights(model: nn.Module, weights: dict, path: Path | str) -> None:
 
 
 def read_settings(run: Path) -> dict:
-    """The settings in the config.json of a run's folder; none if there are none."""
+    """The settings in the config.json of a run's folder; none if it has none. Raises OSError if
+    the file cannot be read."""
     try:
         return dict(json.loads((run / "config.json").read_text())["settings"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):

@@ -218,7 +218,7 @@ def check_given(settings: argparse.Namespace, own: dict, owner: str) -> None:
     for name, value in own.items():
         given = getattr(settings, name)
         if given != value:
-            raise BadInput(f"--{name.replace('_', '-')}: {owner} has {value}, not {given}; leave "
+            raise BadInput(f"--{name.replace('_', '-')} is {value} for {owner}, not {given}; leave "
                            "the flag out")
 
 
@@ -643,29 +643,29 @@ class Run:
 
     def restore(self, optimizers: list[torch.optim.Optimizer], **modules: nn.Module) -> bool:
         """Continue after the last checkpoint, if this run is resumed and has one. Returns whether
-        that is so. Raises BadInput.
+        that is so. Writes config.json, so that the run can be resumed from now on. Raises BadInput.
 
         modules: by the key that the weights of each have in the checkpoint.
         """
         path, settings = self.out / "checkpoint.pt", self.settings
-        if not settings.resume or not path.exists():
-            return False
-        checkpoint = data.load_checkpoint(path, self.kind)
-        check_same_run(settings, checkpoint["settings"])    # config.json may have been changed
-        if checkpoint.get("images") != settings.images:
-            raise BadInput(f"{self.out} was trained and tested on {checkpoint.get('images')} "
-                           f"images, {settings.data_dir} has {settings.images}: name the "
-                           "folder of its data set with --data-dir")
-        for key, module in modules.items():
-            data.load_weights(module, checkpoint.get(key), path)
-        load_optimizers(optimizers, checkpoint.get("optimizers"), path)
-        self.log = checkpoint["log"]
-        return True
+        continues = settings.resume and path.exists()
+        if continues:
+            checkpoint = data.load_checkpoint(path, self.kind)
+            check_same_run(settings, checkpoint["settings"])    # config.json may have been changed
+            if checkpoint.get("images") != settings.images:
+                raise BadInput(f"{self.out} was trained and tested on {checkpoint.get('images')} "
+                               f"images, {settings.data_dir} has {settings.images}: name the "
+                               "folder of its data set with --data-dir")
+            for key, module in modules.items():
+                data.load_weights(module, checkpoint.get(key), path)
+            load_optimizers(optimizers, checkpoint.get("optimizers"), path)
+            self.log = checkpoint["log"]
+        if self.machine.main:
+            write_config(self.out, self.kind, settings, self.machine)
+        return continues
 
     def epochs_left(self) -> range:
-        """The epochs that are not done, counted from 1. Writes config.json before the first."""
-        if self.machine.main:
-            write_config(self.out, self.kind, self.settings, self.machine)
+        """The epochs that are not done, counted from 1. Starts the estimate of the time left."""
         epochs = range(len(self.log) + 1, self.settings.epochs + 1)
         self.progress = data.Progress(len(epochs) * self.settings.steps)
         return epochs

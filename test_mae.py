@@ -837,6 +837,17 @@ def test_a_run_killed_after_any_file_ends_bit_for_bit_as_the_unbroken_one(
     assert count > 7
 
 
+def test_a_linear_probe_killed_while_it_computes_features_can_be_resumed(flags, runs, tmp_path):
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune, "compute_features", kill)
+        succeed(finetune, *flags["linear"], "--out", tmp_path / "run")
+    succeed(finetune, "--out", tmp_path / "run", "--resume")
+    assert_same_run(tmp_path / "run", runs["linear"])
+
+
 @pytest.mark.parametrize("kind, how", [("pretrain", "--compile"), ("pretrain", "--precision bf16"),
                                        ("finetune", "--precision bf16")])
 def test_a_resumed_run_computes_as_before_wherever_it_is_resumed(
@@ -1163,8 +1174,8 @@ BAD_INPUT = [
     (pretrain, "--resume", "--resume needs --out RUN"),
     (pretrain, "--resume --out {empty}", "{empty} has no config.json with the settings of a run"),
     (pretrain, "--resume --out {runs}/finetune", "settings of a run of pretrain.py"),
-    (pretrain, "--resume --out {runs}/pretrain --dim 32", "--dim: the run in"),
-    (pretrain, "--resume --out {runs}/pretrain --epochs 2", "--epochs: the run in"),
+    (pretrain, "--resume --out {runs}/pretrain --dim 32", "--dim is 16 for the run in"),
+    (pretrain, "--resume --out {runs}/pretrain --epochs 2", "--epochs is 3 for the run in"),
     (pretrain, "--resume --out {runs}/pretrain --data-dir {data}/other",
      "trained and tested on [96, 40] images"),
     (finetune, "--labels-per-class 5000", "only 10 of the 96 training images"),
@@ -1172,7 +1183,7 @@ BAD_INPUT = [
     (finetune, "--init ''", "checkpoint.pt: No such file"),
     (finetune, "--init {empty}/file", "file is not a checkpoint, or it is damaged"),
     (finetune, "--init {runs}/finetune", "from pretrain.py is needed"),
-    (finetune, "--init {runs}/pretrain --dim 32", "--dim: the encoder of"),
+    (finetune, "--init {runs}/pretrain --dim 32", "--dim is 16 for the encoder of"),
     (finetune, "--mode linear", "--mode linear needs --init"),
     *((finetune, f"--mode linear --init {{runs}}/pretrain {flag}", flag.split()[0])
       for flag in ("--augment flip", "--mix", "--whole-epochs 1", "--layer-decay 0.5",
@@ -1400,7 +1411,7 @@ def test_a_config_that_was_changed_after_the_last_checkpoint_is_not_believed(run
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["settings"]["seed"] = 5
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    assert_bad_input(tmp_path, "--seed: the run in", pretrain, "--resume", "--out",
+    assert_bad_input(tmp_path, "--seed is 0 for the run in", pretrain, "--resume", "--out",
                      tmp_path / "run")
 
 
