@@ -520,7 +520,8 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
 
 
 def is_complete(checkpoint: dict) -> bool:
-    """Whether a checkpoint has all that the programs write, each value of its type and range."""
+    """Whether a checkpoint has all that the programs write, each value of its type and range. That
+    the weights fit is found out when a model loads them."""
     kind, log, model = (checkpoint.get(key) for key in ("kind", "log", "model"))
     if kind not in tuple(PROGRAMS) or not isinstance(log, list) or not isinstance(model, dict):
         return False

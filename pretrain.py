@@ -214,7 +214,7 @@ def check_same_run(settings: argparse.Namespace, own: dict) -> None:
 
 
 def check_given(settings: argparse.Namespace, own: dict, owner: str) -> None:
-    """Raises BadInput if the settings differ from those that their owner has."""
+    """Raises BadInput if a setting is not that of its owner: of a run, an encoder, a probe."""
     for name, value in own.items():
         given = getattr(settings, name)
         if given != value:

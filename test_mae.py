@@ -1184,6 +1184,7 @@ BAD_INPUT = [
     (finetune, "--init {empty}/file", "file is not a checkpoint, or it is damaged"),
     (finetune, "--init {runs}/finetune", "from pretrain.py is needed"),
     (finetune, "--init {runs}/pretrain --dim 32", "--dim is 16 for the encoder of"),
+    (finetune, "--resume --out {runs}/finetune --mode linear", "--mode is finetune for the run in"),
     (finetune, "--mode linear", "--mode linear needs --init"),
     *((finetune, f"--mode linear --init {{runs}}/pretrain {flag}", flag.split()[0])
       for flag in ("--augment flip", "--mix", "--whole-epochs 1", "--layer-decay 0.5",
