@@ -2,8 +2,8 @@
 
 In this order: the model, the data, the programs, interruption, several processes, bad input,
 pictures, the README, the results. Programs run through their command lines, `run(program,
-*flags)`, on small models and files made here. No test needs the network, and only one the real
-CIFAR-10.
+*flags)`, on small models and files made here. No test needs the network. One uses the real
+CIFAR-10, if it is in data/. Those that stop processes need Linux.
 """
 import argparse
 import collections
@@ -51,7 +51,7 @@ from mae import MAEViT, PatchShuffle, ViTClassifier, patchify, unpatchify
 
 HERE = Path(__file__).parent
 WITH_GPU = dict(os.environ)
-os.environ["CUDA_VISIBLE_DEVICES"] = ""     # the same tests everywhere; one asks for WITH_GPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""     # the same tests everywhere; one uses WITH_GPU
 torch.set_num_threads(1)            # models this small gain nothing from more
 TINY = dict(patch_size=8, dim=16, depth=2, heads=2, decoder_dim=12, decoder_depth=1,
             decoder_heads=2)
@@ -88,11 +88,11 @@ def test_patches_are_cut_row_by_row_hold_channel_y_x_and_can_be_put_together_aga
 @pytest.mark.parametrize("N, mask_ratio", [(256, 0.75), (16, 0.5), (7, 0.3)])
 def test_shuffle_masks_exactly_and_restore_undoes_it(N, mask_ratio):
     tokens = torch.arange(5 * N * 2, dtype=torch.float32).view(5, N, 2)
-    visible, restore, mask = PatchShuffle(mask_ratio)(tokens)
-    K = round(N * (1 - mask_ratio))
+    noise, K = random_noise(5, N), round(N * (1 - mask_ratio))
+    visible, restore, mask = PatchShuffle(mask_ratio)(tokens, noise)
+    assert torch.equal(visible, mae.take(tokens, noise.argsort(dim=1)[:, :K]))
     assert visible.shape == (5, K, 2) and restore.shape == mask.shape == (5, N)
     assert (mask.sum(dim=1) == N - K).all() and set(mask.unique().tolist()) == {0, 1}
-    assert len(mask.unique(dim=0)) > 1                      # not the same ones in all images
     filled = torch.cat([visible, torch.full((5, N - K, 2), -1.0)], dim=1)
     restored = mae.take(filled, restore)
     assert torch.equal(restored, torch.where(mask[..., None] == 1, -1.0, tokens))
@@ -105,14 +105,7 @@ def test_every_patch_is_equally_likely_to_be_masked():
     spread = math.sqrt(0.75 * 0.25 / n)
     assert (mask.mean(dim=0) - 0.75).abs().max() < 4.5 * spread
     assert mask.unique(dim=0).shape[0] > 1700               # of the 1820 ways to choose 12 of 16
-
-
-def test_the_same_noise_gives_the_same_result_and_other_noise_another():
-    model, images = tiny_mae(), random_images(3)
-    first, again = (model(images, random_noise(3, 16)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, again))
-    assert not torch.equal(model(images, random_noise(3, 16, seed=2))[2], first[2])
-    assert not torch.equal(model(images)[2], model(images)[2])
+    assert not mask.equal(PatchShuffle(0.75)(torch.zeros(n, N, 1))[2])      # another time, others
 
 
 def test_masked_pixels_cannot_influence_the_encoder_and_predictions_know_their_place():
@@ -168,7 +161,10 @@ def test_classifier_computes_what_a_vit_of_torchs_own_layers_computes(pool):
         for name, value in layer.state_dict().items():
             start = next(start for start in TORCH_NAMES if name.startswith(start))
             ours = f"blocks.{i}.{name.replace(start, TORCH_NAMES[start])}"
-            value.copy_(weights.get(ours, torch.zeros(48)))     # queries and so on have no bias
+            value.copy_(weights.get(ours, torch.zeros(48)))     # q, k and v have no bias
+        normed = layer.norm1(tokens)
+        _, attention = layer.self_attn(normed, normed, normed, average_attn_weights=False)
+        torch.testing.assert_close(classifier.attention_maps(images)[i], attention)
         tokens = layer(tokens)
     codes = F.layer_norm(tokens, (16,), weights["norm.weight"], weights["norm.bias"])
     code = codes[:, 0] if pool == "cls" else codes[:, 1:].mean(dim=1)
@@ -185,19 +181,6 @@ def test_classifier_leaves_patches_out_only_if_it_is_given_noise():
         logits = ViTClassifier(encoder, 5, "mean", mask_ratio)(images, given)
         gradient, = torch.autograd.grad(logits.square().sum(), images)
         assert (patchify(gradient, 8) != 0).any(dim=-1).equal(seen)
-
-
-def test_attention_maps_are_those_that_the_blocks_use():
-    encoder, images = tiny_mae().encoder, random_images(2)
-    maps = encoder.attention_maps(images)
-    assert len(maps) == 2 and maps[0].shape == (2, 2, 17, 17)
-    torch.testing.assert_close(maps[0].sum(dim=-1), torch.ones(2, 2, 17))
-    tokens = encoder.add_class_token(encoder.embed(patchify(images, 8)))
-    for block, weights in zip(encoder.blocks, maps):
-        v = block.attn.split_heads(block.norm1(tokens))[2]
-        mixed = block.attn.proj((weights @ v).transpose(1, 2).reshape(2, 17, 16))
-        torch.testing.assert_close(block.attn(block.norm1(tokens)), mixed)
-        tokens = block(tokens)
 
 
 def test_positions_start_as_sines_and_cosines_of_row_and_column():
@@ -235,7 +218,7 @@ def test_parameters_are_as_designed():
     assert "embed.weight" in tiny_mae().decoder.state_dict()    # other widths
 
 
-@pytest.mark.parametrize("recipe", pretrain.RECIPES)
+@pytest.mark.parametrize("recipe", ["full", "laptop"])
 def test_the_first_loss_is_about_that_of_predicting_grey(recipe):
     torch.manual_seed(0)
     model = data.build_model("pretrain", pretrain.RECIPES[recipe])
@@ -287,8 +270,6 @@ def write_records(name: str, folder: Path, count: int) -> None:
 @pytest.mark.parametrize("name, label_bytes", [("cifar10", 1), ("cifar100", 2), ("shapes", 1),
                                                ("the real cifar10", 1)])
 def test_what_is_loaded_is_what_stands_in_the_files(data_dir, name, label_bytes):
-    """Compare every label, and every pixel of every seventh record, read with nothing but `bytes`
-    and Pillow."""
     name, real = name.split()[-1], name.startswith("the real")
     folder, source = HERE / "data" if real else data_dir, data.SOURCES[name]
     if not (folder / source.folder).exists():
@@ -300,13 +281,11 @@ def test_what_is_loaded_is_what_stands_in_the_files(data_dir, name, label_bytes)
     for files, images, labels in [(source.train, dataset.train_images, dataset.train_labels),
                                   (source.test, dataset.test_images, dataset.test_labels)]:
         content = b"".join((folder / source.folder / file).read_bytes() for file in files)
-        assert len(content) == size * len(images) and len(images) == len(labels)
+        assert images.shape == (len(content) // size, 3, 32, 32)
         assert labels.tolist() == list(content[label_bytes - 1::size])
-        for i in range(0, len(images), 7):
-            pixels = content[i * size + label_bytes:(i + 1) * size]
-            planes = [Image.frombytes("L", (32, 32), pixels[c:c + 1024]) for c in (0, 1024, 2048)]
-            picture = np.asarray(Image.merge("RGB", planes))    # (32, 32, 3)
-            assert (images[i].permute(1, 2, 0).numpy() == picture).all()
+        starts = range(0, len(content), size)
+        pixels = b"".join(content[start + label_bytes:start + size] for start in starts)
+        assert images.numpy().tobytes() == pixels           # channel, then y, then x
 
 
 def test_shapes_are_balanced_varied_and_the_same_every_time(data_dir, tmp_path):
@@ -389,7 +368,7 @@ def test_labelled_batches_are_mixed_repeated_and_noised_if_the_settings_say_so()
     images, labels = data.unscale(random_images(12)), torch.arange(12) % 4
     dataset = data.Dataset("cifar10", ["a class"] * 4, images, labels, images, labels)
 
-    def batches(**changes) -> zip:                          # all images, all labels and so on
+    def batches(**changes) -> map:                          # the tensors of all batches, joined
         settings = dict(seed=0, batch_size=4, repeat=2, augment="none", mix=False, mask_ratio=0.0,
                         epochs=3, whole_epochs=0)
         settings = argparse.Namespace(**settings | changes)
@@ -459,26 +438,22 @@ def read_model(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_run(a: Path, b: Path) -> None:
     """Two runs have the same files, and weights, optimizers, log and pictures bit for bit."""
-    first, second = (data.load_checkpoint(folder / "checkpoint.pt") for folder in (a, b))
-    for key in ("model", "optimizers", "epoch", "probe"):
-        torch.testing.assert_close(first.get(key), second.get(key), rtol=0, atol=0)
-    torch.testing.assert_close(*(data.load_checkpoint(folder / "weights.pt")["model"]
-                                 for folder in (a, b)), rtol=0, atol=0)
+    for file in ("checkpoint.pt", "weights.pt"):
+        first, second = (data.load_checkpoint(folder / file) for folder in (a, b))
+        for key in ("model", "optimizers", "epoch", "probe"):
+            torch.testing.assert_close(first.get(key), second.get(key), rtol=0, atol=0)
     assert read_log(a) == read_log(b)
-    names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-             for folder in (a, b)]
-    assert names[0] == names[1]
-    for name in names[0]:
-        if name.endswith(".npy"):
-            assert (a / name).read_bytes() == (b / name).read_bytes()
+    files = [{name: name.endswith(".npy") and content
+              for name, content in snapshot(folder).items()} for folder in (a, b)]
+    assert files[0] == files[1]
 
 
 def assert_close_logs(a: Path, b: Path, tolerance: float) -> None:
-    """Equal up to `tolerance`, and the accuracies up to 2 of 96 images: those whose likeliest
-    classes are about equally likely."""
+    """Equal up to `tolerance`, and accuracies up to 1 of 40 test or 2 of 96 training images, since
+    two classes may be about equally likely."""
     for one, other in zip(read_log(a), read_log(b), strict=True):
         for column, value in one.items():
-            images = 2.1 if "accuracy" in column else 0
+            images = 2.6 if "accuracy" in column else 0     # in percent
             assert float(other[column]) == pytest.approx(float(value), rel=tolerance,
                                                          abs=images), column
 
@@ -494,8 +469,8 @@ def runs(flags, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def flags(data_dir, tmp_path_factory) -> dict[str, list]:
-    """The flags of a run of each kind, without --out: 96 of 200 random images, a small model. The
-    runs have been made, since two of them start from another one."""
+    """The flags of a run of each kind, without --out: 96 of 200 random images, a small model. Makes
+    the runs, since two of them start from another."""
     folder = tmp_path_factory.getbasetemp() / "runs"
     small = ["--recipe", "laptop", "--dataset", "cifar10", "--data-dir", data_dir, "--limit", 96,
              "--batch-size", 32, "--device", "cpu", "--precision", "fp32"]
@@ -529,10 +504,9 @@ def test_pretraining_leaves_a_whole_run_folder(runs):
 
 
 def test_a_linear_probe_keeps_the_pretrained_encoder_and_fine_tuning_changes_it(runs):
-    pretrained, log = read_model(runs["pretrain"]), read_log(runs["linear"])
+    pretrained = read_model(runs["pretrain"])
     for name, value in read_model(runs["linear"]).items():
         assert name.startswith("head.") or value.equal(pretrained[f"encoder.{name}"]), name
-    assert float(log[-1]["train_loss"]) < float(log[0]["train_loss"])
     tuned = read_model(runs["finetune"])["blocks.0.attn.qkv.weight"]
     assert not torch.equal(tuned, pretrained["encoder.blocks.0.attn.qkv.weight"])
 
@@ -583,8 +557,6 @@ def test_help_shows_the_default_of_a_number_even_if_it_is_0():
 def test_a_run_has_a_folder_whose_name_says_what_it_is(flags, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, kind, more in [
-            ("finetune-cifar10-laptop-96-images", "finetune", []),
-            ("scratch-cifar10-laptop-96-images", "scratch", []),
             ("linear-cifar10-laptop-96-images", "linear", []),
             ("scratch-cifar10-laptop-96-images-2-labels", "scratch", ["--labels-per-class", 2]),
             ("pretrain-validation-cifar10-laptop-96-images", "pretrain", ["--validation", 8])]:
@@ -711,7 +683,7 @@ def test_layer_decay_scales_the_learning_rate_of_each_layer(runs, flags, tmp_pat
             assert value.equal(before[f"encoder.{name}"]) == (not name.startswith("norm")), name
 
 
-@pytest.mark.parametrize("micro", [1, 5, 7, 64])
+@pytest.mark.parametrize("micro", [1, 5, 7])
 def test_gradients_add_up_to_the_same_step_whatever_the_micro_batch(micro):
     batch = random_images(16), random_noise(16, 16)
 
@@ -809,7 +781,8 @@ def after_each_write(action):
 
 
 def run_until(stop, program, *flags) -> bool:
-    """Whether stop(path) became true after a file was written, at which the program was killed."""
+    """Kill a program after it has written a file for which stop(path) is true. Returns whether
+    that happened."""
     def act(path: Path) -> None:
         if stop(path):
             raise KeyboardInterrupt                         # nothing in the programs catches it
@@ -825,7 +798,7 @@ def run_until(stop, program, *flags) -> bool:
     ("linear", ["--checkpoint-every", 2])])
 def test_a_run_killed_after_any_file_ends_bit_for_bit_as_the_unbroken_one(
         kind, more, flags, runs, tmp_path):
-    """Before its first checkpoint, too: then it begins anew with the settings that it had."""
+    """Without a checkpoint it starts again, with the same settings."""
     killed, count = True, 0
     while killed:
         out, writes = tmp_path / str(count), itertools.count()
@@ -838,11 +811,8 @@ def test_a_run_killed_after_any_file_ends_bit_for_bit_as_the_unbroken_one(
 
 
 def test_a_linear_probe_killed_while_it_computes_features_can_be_resumed(flags, runs, tmp_path):
-    def kill(*_, **__):
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(finetune, "compute_features", kill)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(finetune, "compute_features", lambda *_, **__: 1 / 0)
         succeed(finetune, *flags["linear"], "--out", tmp_path / "run")
     succeed(finetune, "--out", tmp_path / "run", "--resume")
     assert_same_run(tmp_path / "run", runs["linear"])
@@ -860,7 +830,8 @@ def test_a_resumed_run_computes_as_before_wherever_it_is_resumed(
     if "--compile: torch.compile does not work here" in err:
         pytest.skip("torch.compile does not work here")
     assert status == 0, err
-    assert run_until(lambda path: path.name == "log.csv", KINDS[kind], *start, killed)
+    assert run_until(lambda path: path.name == "weights.pt", KINDS[kind], *start, killed)
+    assert (killed / "checkpoint.pt").exists()              # of an earlier epoch
     before = read_settings(killed)
     monkeypatch.chdir(tmp_path)
     succeed(KINDS[kind], "--out", "killed", "--resume")
@@ -939,7 +910,7 @@ def start(tmp_path_factory):
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "test_mae"])
-    context.Process(target=int).start()                     # or else the first one would take long
+    context.Process(target=int).start()     # start the server now, not with the first program
     folder, processes = tmp_path_factory.mktemp("output"), []
 
     def start(program, *flags, output: str | None = None, environment: dict | None = None,
@@ -985,7 +956,7 @@ def test_a_run_killed_at_many_random_moments_ends_as_the_unbroken_one(flags, tmp
         process.join(seconds)
         if process.exitcode is None:
             end(process)
-        else:                                               # at its end, once or several times
+        else:                                               # it came to its end
             succeed_in_child(process)
             assert_same_run(tmp_path / "unbroken", out)
             shutil.rmtree(out)
@@ -1023,19 +994,16 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(runs, tmp_p
     assert not list(out.rglob(".*"))
 
 
-@pytest.mark.parametrize("kind, begin", [("pretrain", "epoch "), ("linear", "computing features ")])
+@pytest.mark.parametrize("kind, begin, more", [
+    ("pretrain", "epoch ", ["--epochs", 10_000]),
+    ("linear", "computing features ", ["--init", HERE / "results" / "weights" / "pretrain.pt",
+                                       "--dataset", "shapes", "--limit", 10_000])])
 def test_progress_is_one_line_of_a_terminal_that_tells_the_time_left(
-        kind, begin, flags, runs, tmp_path, start):
+        kind, begin, more, flags, tmp_path, start):
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, 80))
     os.set_blocking(master, False)
-    shown, more = bytearray(), ["--epochs", 10_000]
-    if kind == "linear":                                    # an encoder that takes its time
-        checkpoint = data.load_checkpoint(runs["pretrain"])
-        checkpoint["settings"] |= dict(patch_size=2, dim=64, depth=4)
-        checkpoint["model"] = data.build_model("pretrain", checkpoint["settings"]).state_dict()
-        data.save_checkpoint(tmp_path / "encoder.pt", checkpoint)
-        more = ["--init", tmp_path / "encoder.pt", "--dataset", "shapes", "--limit", 10_000]
+    shown = bytearray()
 
     def lines() -> list[str]:
         with contextlib.suppress(BlockingIOError):          # nothing new yet
@@ -1111,8 +1079,8 @@ def test_two_processes_share_batches_of_any_size_and_can_be_resumed(
     main, other = start_two(start, KINDS[kind], *flags, "--out", two,
                             at=("curves.png", signal.SIGSTOP))
     wait_for(lambda: is_stopped(main))
-    other.join(1)                       # one that leaves while the other is still writing can end
-    assert other.exitcode is None       # in an abort
+    other.join(1)
+    assert other.exitcode is None       # it waits: leaving early can end in an abort
     os.kill(main.pid, signal.SIGCONT)
     succeed_in_child(main)
     succeed_in_child(other)
@@ -1168,6 +1136,7 @@ BAD_INPUT = [
     (pretrain, "--limit 201", "--limit 201: only 200 training images"),
     (pretrain, "--validation 200", "--validation 200: cifar10 has 200 training images"),
     (pretrain, "--data-dir {data}/cifar-10-batches-bin", "is itself the folder of a data set"),
+    (pretrain, "--device cuda", "--device cuda: torch finds no such device here"),
     (pretrain, "--benchmark --out {empty}/x", "--benchmark leaves no run"),
     (pretrain, "--out {empty}/file/run", "file/run: Not a directory"),
     (pretrain, "--out {runs}/finetune", "{runs}/finetune already holds a run"),
@@ -1228,13 +1197,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(flags, 
     assert all(value.isfinite().all() for value in read_model(tmp_path / "run").values())
 
 
-def test_a_device_or_a_compiler_that_is_not_there(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_a_compiler_that_does_not_work(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *_, **__: 1 / 0)
-    for flag, message in (("--device=cuda", "--device cuda: torch finds no such device here"),
-                          ("--compile", "torch.compile does not work here: division by zero")):
-        assert_bad_input(tmp_path, message, pretrain, *flags["pretrain"], flag, "--out",
-                         tmp_path / "run")
+    assert_bad_input(tmp_path, "torch.compile does not work here: division by zero", pretrain,
+                     *flags["pretrain"], "--compile", "--out", tmp_path / "run")
 
 
 def test_too_little_memory_is_one_line_and_other_faults_keep_their_traceback(capsys):
@@ -1256,13 +1222,13 @@ def test_too_little_memory_is_one_line_and_other_faults_keep_their_traceback(cap
     (lambda good: None, "No such file"),
     (lambda good: b"", "has 0 bytes"),
     (lambda good: good[:-100], "not a whole number of 3,073-byte CIFAR-10 records"),
-    (lambda good: good[:3 * 3073] + b"\12" + good[3 * 3073 + 1:], "record 3 has label 10")])
+    (lambda good: good[:3 * 3073] + bytes([10]) + good[3 * 3073 + 1:], "record 3 has label 10")])
 def test_data_files_that_cannot_be(damage, message, data_dir, tmp_path, flags):
     folder = shutil.copytree(data_dir / "cifar-10-batches-bin", tmp_path / "cifar-10-batches-bin")
     file = folder / "data_batch_3.bin"
     content = damage(file.read_bytes())
     file.unlink() if content is None else file.write_bytes(content)
-    for dataset in ("cifar10", "auto"):                     # never replaced if it is there
+    for dataset in ("cifar10", "auto"):                     # a damaged one is never replaced
         command = [*flags["pretrain"], "--data-dir", tmp_path, "--dataset", dataset]
         assert_bad_input(tmp_path, message, pretrain, *command, "--out", tmp_path / "run")
         assert str(file) in run(pretrain, *command)[2]
@@ -1270,7 +1236,7 @@ def test_data_files_that_cannot_be(damage, message, data_dir, tmp_path, flags):
 
 @pytest.fixture
 def server(data_dir, tmp_path_factory, monkeypatch):
-    """A web server on 127.0.0.1 in the place of CIFAR-10's. server.archive: what it should send;
+    """A web server on 127.0.0.1 that stands in for CIFAR-10's. server.archive: what it should send;
     server.answer: the status and content that it does send, and seconds until it hangs up."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -1353,7 +1319,7 @@ def written(save, *args, **options) -> bytes:
 
 
 def bad_checkpoints(file: Path):
-    """Contents of files that are not a checkpoint, and what to change in a good one."""
+    """The bytes of broken files, then changes that spoil a good checkpoint."""
     good = data.load_checkpoint(file)
     settings, log, model = good["settings"], good["log"], good["model"]
     yield from (b"", file.read_bytes()[:-2000], pickle.dumps(Evil()))
@@ -1407,25 +1373,20 @@ def test_states_of_optimizers_that_cannot_be(runs, tmp_path):
                          pretrain, "--out", out, "--resume")
 
 
-def test_a_config_that_was_changed_after_the_last_checkpoint_is_not_believed(runs, tmp_path):
-    shutil.copytree(runs["pretrain"], tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    config["settings"]["seed"] = 5
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    assert_bad_input(tmp_path, "--seed is 0 for the run in", pretrain, "--resume", "--out",
-                     tmp_path / "run")
+NO_SETTINGS = "has no config.json with the settings of a run of pretrain.py"
 
 
-@pytest.mark.parametrize("config", [
-    "", "[" * 10**5, "\udcff", '{"settings": null}', '{"settings": {"dim": 16}}', {"epochs": "3"}],
-                         ids=lambda config: repr(config)[:30])
-def test_a_config_that_does_not_hold_the_settings_of_a_run(config, runs, tmp_path):
+@pytest.mark.parametrize("config, message", [
+    ("", NO_SETTINGS), ("[" * 10**5, NO_SETTINGS), ("\udcff", NO_SETTINGS),
+    ('{"settings": null}', NO_SETTINGS), ('{"settings": {"dim": 16}}', NO_SETTINGS),
+    ({"epochs": "3"}, NO_SETTINGS), ({"seed": 5}, "--seed is 0 for the run in")],
+    ids=lambda value: repr(value)[:30])
+def test_a_config_that_does_not_hold_the_settings_of_its_run(config, message, runs, tmp_path):
     out = shutil.copytree(runs["pretrain"], tmp_path / "run")
     if isinstance(config, dict):
         config = json.dumps({"settings": read_settings(out) | config})
     (out / "config.json").write_text(config, errors="surrogateescape")
-    assert_bad_input(out, "has no config.json with the settings of a run of pretrain.py",
-                     pretrain, "--out", out, "--resume")
+    assert_bad_input(out, message, pretrain, "--out", out, "--resume")
 
 
 # ------------------------------------------------------------------------------ pictures
@@ -1484,14 +1445,14 @@ def test_every_picture_is_drawn(command, runs, data_dir, tmp_path, monkeypatch):
     with Image.open(file) as picture:
         assert file.suffix == ".png" or picture.n_frames == 4
         assert picture.width >= 640
-        assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
+        below = picture.convert("RGB").crop((0, 140, *picture.size))        # the caption
+        assert len(below.getcolors(1 << 24)) > 20
 
 
 @pytest.mark.parametrize("patch_size", [1, 32])
 def test_embeddings_fit_on_the_page_at_any_patch_size(patch_size):
     """Nothing is drawn on the margins."""
-    model = tiny_mae(patch_size=patch_size, dim=16, mask_ratio=0.5) if patch_size == 1 else \
-        ViTClassifier(mae.Encoder(32, patch_size, 16, 1, 2))
+    model = ViTClassifier(mae.Encoder(32, patch_size, 16, 1, 2))
     pixels = np.asarray(visualize.draw_embeddings(model, "a caption"))
     assert (pixels[:, -10:] == 255).all() and (pixels[-10:] == 255).all()
 
@@ -1503,12 +1464,21 @@ def test_compute_includes_that_of_pre_training(tmp_path):
                         "pre-trained, then fine-tuned": [(5.5, 70, "b")]}
 
 
+def test_compute_draws_a_line_through_the_mean_of_several_seeds():
+    """From 60 and 80 % it leads to 70 % without going up or down."""
+    points = [(1.0, 60.0, "a"), (1.0, 80.0, "a-1"), (3.0, 70.0, "b")]
+    pixels = np.asarray(visualize.draw_compute({"from scratch": points}, "a caption"))
+    colored = (pixels == visualize.COLORS[0]).all(axis=-1)
+    assert colored.sum(axis=1).max() > pixels.shape[1] // 3
+
+
 def test_curves_of_runs_of_different_length_differ_in_colour():
     rows = [{"epoch": epoch, "loss": 2 - epoch / 9, "test_loss": 2 - epoch / 10, "lr": 0.1,
              "seconds": 3.0} for epoch in range(1, 9)]
     for runs in ({"long": rows, "short": rows[:3]}, {"one epoch, which is a dot": rows[:1]}):
-        colors = {color for _, color in visualize.draw_curves(runs).getcolors(1 << 20)}
-        assert set(visualize.COLORS[:len(runs)]) <= colors
+        pixels = np.asarray(visualize.draw_curves(runs))[200:].reshape(-1, 3)   # below the legend
+        for color in visualize.COLORS[:len(runs)]:
+            assert (pixels == color).all(axis=1).any()
 
 
 def test_pictures_are_read_upright_opaque_and_with_8_bits(runs, tmp_path):
@@ -1574,7 +1544,8 @@ def test_odd_values_in_a_log_are_gaps_and_are_noted(rows, note, tmp_path):
     (tmp_path / "log.csv").write_text("\ufeff" + LOG + rows)     # as a spreadsheet writes it
     (tmp_path / "config.json").write_text('{"settings": {"dataset": [], "mask_ratio": "x"}}')
     status, _, err = run(visualize, "curves", tmp_path, "--log", "--out", tmp_path / "out.png")
-    assert status == 0 and note in err and (tmp_path / "out.png").exists()
+    assert status == 0 and (note in err if note else not err)
+    assert (tmp_path / "out.png").exists()
 
 
 # ------------------------------------------------------------------------------ the README
@@ -1664,7 +1635,8 @@ def test_collected_runs_have_their_arithmetic(runs, tmp_path):
 
 @pytest.mark.parametrize("tier", ["laptop", "lunch", "afternoon", "gpu", "full"])
 def test_the_script_of_the_results_can_be_stopped_and_ends(tier, data_dir, tmp_path, monkeypatch):
-    """First with a stand-in for python, which says what it is to do; then what it said."""
+    """First with a stand-in for python that prints its arguments, then with the commands that it
+    printed."""
     script = (RESULTS / "reproduce.sh").read_text()
     trial, = re.findall(r"^#     RUNS=/tmp/try (.*)$", script, re.MULTILINE)
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\nmkdir -p "$3"\ntouch "$3/$LEAVE"\n')

@@ -438,22 +438,24 @@ def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False
 
 
 def draw_compute(families: dict[str, list[tuple]], caption: str) -> Image.Image:
-    """What whole runs reach, against the arithmetic of all their training.
+    """What whole runs reach, against the arithmetic of all their training: a dot for each run, a
+    line through the mean of those of equal arithmetic, which differ in the seed.
 
     families: for each label in the legend, (PFLOP, accuracy in %, name) of at least one run.
     """
-    lines, height = [], 620                                 # of the panel
-    for points, color in zip(families.values(), COLORS):
-        xs, ys = np.array(sorted((pflop, accuracy) for pflop, accuracy, _ in points)).T
-        lines += [(xs, ys, color, THIN), *((xs[i:i + 1], ys[i:i + 1], color, 2 * THICK)
-                                           for i in range(len(xs)))]    # a dot for each run
+    lines, labels, height = [], [], 620                     # height: of the panel
+    for i, (points, color) in enumerate(zip(families.values(), COLORS)):
+        xs, ys, names = zip(*points)
+        places, first, which = np.unique(xs, return_index=True, return_inverse=True)
+        means = np.bincount(which, ys) / np.bincount(which)
+        lines += [(places, means, color, THIN), *((np.array([x]), np.array([y]), color, THICK)
+                                                  for x, y in zip(xs, ys))]
+        labels += [(x, y, names[j], i == 0) for x, y, j in zip(places, means, first)]
     sheet, legend_height = draw_legend(list(families), height, "Accuracy against compute", caption)
     top = sheet.top + legend_height
     draw_panel(sheet, (MARGIN, top, WIDTH - MARGIN, top + height),
                "test accuracy after the last epoch, in %",
-               "PFLOP of training, pre-training included", lines, log=False,
-               labels=[(*point, i == 0) for i, points in enumerate(families.values())
-                       for point in points])
+               "PFLOP of training, pre-training included", lines, log=False, labels=labels)
     return sheet.picture()
 
 
