@@ -62,7 +62,7 @@ class Source:
     test: tuple[str, ...]
     class_names: str            # the file that names the classes, one per line
     num_classes: int
-    label_bytes: int            # the last of them is the label that counts
+    label_bytes: int            # the last one is the label; CIFAR-100 has a coarse one before it
     url: str = ""
     md5: str = ""
 
@@ -353,6 +353,9 @@ def appearing_whole(folder: Path):
         try:
             yield temporary
             os.rename(temporary / folder.name, folder)
+        except OSError as error:
+            error.filename = error.filename or str(folder)  # a full disk does not name the file
+            raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -618,8 +621,8 @@ COMMON_FLAGS = {                # of pretrain.py and finetune.py
     "augment": dict(choices=["none", "flip", "crop", "color"], help="flip: half of the images are "
                     "mirrored; crop: also shifted by up to 4 pixels; color: also saturation, "
                     "contrast and brightness change by up to 40 %%"),
-    "seed": dict(type=number(int, 0, 2**32 - 1), default=0, help="of weights, order, augmentation "
-                 "and masks"),
+    "seed": dict(type=number(int, 0, 2**32 - 1), default=0, help="of weights, order, augmentation, "
+                 "masks, and the images of --labels-per-class"),
     "device": dict(choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto is cuda if "
                    "it is there, or else mps, or else cpu"),
     "precision": dict(choices=["auto", "fp32", "bf16"], default="auto", help="bf16: matrix "
@@ -760,6 +763,8 @@ class Progress:
     def advance(self, count: int = 1) -> bool:
         """Count what is done. Returns whether it is time to show the line."""
         self.done += count
+        if self.done == self.total and sys.stderr.isatty():     # erase the last line
+            print("\x1b[K", end="", file=sys.stderr, flush=True)
         return (time.monotonic() - self.shown > (0.5 if sys.stderr.isatty() else 30)
                 and self.done < self.total)
 

@@ -89,19 +89,21 @@ def finetune(settings: argparse.Namespace, machine: Machine) -> None:
         return run_benchmark(learner, train_batches, settings, machine)
     with open_run("classifier", settings.mode if settings.init else "scratch", settings,
                   machine) as run:
-        if not run.restore(optimizers, model=model) and settings.init:
+        resumed = run.restore(optimizers, model=model)
+        if settings.init and not resumed:
             load_encoder(model, settings, machine)
         for epoch in run.epochs_left():
             trained, speed = train_epoch(learner, train_batches(epoch), epoch, run.progress,
                                          settings, machine)
             if machine.main:
-                tests = in_batches(dataset.test_images, dataset.test_labels)
-                tested = evaluate(model, classify, tests, machine, exact=epoch == settings.epochs)
+                test_batches = in_batches(dataset.test_images, dataset.test_labels)
+                tested = evaluate(model, classify, test_batches, machine,
+                                  exact=epoch == settings.epochs)
                 run.end_epoch(trained + tested, speed, model, optimizers)
 
 
 def probe(settings: argparse.Namespace, machine: Machine) -> None:
-    """Train a linear layer on the features of a frozen encoder (MAE, section 4.2 and appendix A.1).
+    """Train a linear layer on the features of a frozen encoder (MAE, section 4.1 and appendix A.1).
     The features are computed once; the main process does all of it."""
     dataset = load_data(settings, machine)
     if not machine.main:
@@ -115,17 +117,19 @@ def probe(settings: argparse.Namespace, machine: Machine) -> None:
     optimizers = make_optimizers(head, settings, betas=(0.9, 0.999))
     learner = Learner(head, classify, optimizers)
     with open_run("classifier", "linear", settings, machine) as run:
-        if not run.restore(optimizers, model=classifier, probe=head):
+        resumed = run.restore(optimizers, model=classifier, probe=head)
+        if not resumed:
             load_encoder(classifier, settings, machine)
         features = compute_features(classifier, dataset.train_images, machine, exact=False)
-        tests = compute_features(classifier, dataset.test_images, machine, exact=True)
+        test_features = compute_features(classifier, dataset.test_images, machine, exact=True)
         var, mean = torch.var_mean(features, dim=0, correction=0)           # (D,)
         std = (var + 1e-6).sqrt()
-        features, tests = (features - mean) / std, (tests - mean) / std
+        features, test_features = (features - mean) / std, (test_features - mean) / std
         for epoch in run.epochs_left():
             batches = feature_batches(features, dataset.train_labels, epoch, settings)
             trained, speed = train_epoch(learner, batches, epoch, run.progress, settings, machine)
-            tested = evaluate(head, classify, [(tests, dataset.test_labels)], machine, exact=True)
+            tested = evaluate(head, classify, [(test_features, dataset.test_labels)], machine,
+                              exact=True)
             fold_probe(head, mean, std, classifier.head)
             run.end_epoch(trained + tested, speed, classifier, optimizers, probe=head.state_dict())
 
@@ -146,9 +150,11 @@ def labelled_batches(dataset: data.Dataset, num_patches: int, epoch: int,
         if settings.mix:
             targets = F.one_hot(targets, len(dataset.classes)).float()
             batch, targets = data.mix(batch, targets, generator)
-        noise = [torch.rand(len(ids), num_patches, generator=generator, device=images.device)
-                 ] if drop else []
-        yield data.scale(batch), targets, *noise
+        batch = [data.scale(batch), targets]
+        if drop:
+            batch.append(torch.rand(len(ids), num_patches, generator=generator,
+                                    device=images.device))
+        yield batch
 
 
 def classify(model: nn.Module, inputs: Tensor, labels: Tensor,
@@ -210,7 +216,7 @@ def check_linear(settings: argparse.Namespace) -> None:
         raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
     fixed = dict(repeat=1, benchmark=False) | {name: LINEAR[name] for name in (
         "optimizer", "layer_decay", "augment", "mask_ratio", "mix", "whole_epochs", "compile")}
-    check_given(settings, fixed, "a linear probe, whose features are computed once,")
+    check_given(settings, fixed, "a linear probe")
 
 
 @torch.no_grad()
@@ -218,7 +224,7 @@ def compute_features(classifier: mae.ViTClassifier, images: Tensor, machine: Mac
                      exact: bool) -> Tensor:
     """What the head reads of each image: uint8 (n, 3, H, W) -> (n, D).
 
-    exact: in float32, as --evaluate computes, whose accuracy the log is to have.
+    exact: in float32, so that the log has the accuracy that --evaluate prints.
     """
     classifier.eval()
     progress, features = data.Progress(len(images)), []

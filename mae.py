@@ -94,7 +94,7 @@ class PatchShuffle(nn.Module):
 
     The tokens of each image are shuffled. The first K = round(N * (1 - mask_ratio)) stay visible,
     the other N - K are masked. The class token takes no part in this. Raises ValueError if the
-    mask ratio is not between 0 and 1, and later if it leaves no token visible or none masked.
+    mask ratio is not between 0 and 1; its methods raise it if no token is visible or none masked.
     """
 
     def __init__(self, mask_ratio: float) -> None:
@@ -365,7 +365,7 @@ class MAEViT(nn.Module):
                 mask_ratio: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, 3, H, W), noise (B, N) -> loss (), pred (B, N, 3*p*p), mask (B, N).
 
-        mask_ratio: another one than the model's own.
+        mask_ratio: instead of the model's own.
         """
         shuffle = self.shuffle if mask_ratio is None else PatchShuffle(mask_ratio)
         patches = self.encoder.patchify(images)             # (B, N, 3*p*p)

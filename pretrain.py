@@ -94,14 +94,12 @@ def pretrain(settings: argparse.Namespace, machine: "Machine") -> None:
     model = make_model("pretrain", settings, machine)
     optimizers = make_optimizers(model, settings, betas=(0.9, 0.95))    # MAE, table 8
     learner = Learner(machine.compiled(model, settings), masked_loss, optimizers)
-    N = model.encoder.num_patches
 
     def train_batches(epoch: int):
-        return mae_batches(dataset.train_images, N, epoch, settings)
+        return mae_batches(dataset.train_images, model.encoder.num_patches, epoch, settings)
 
     test_images = dataset.test_images[:TEST_IMAGES]
-    test_noise = torch.rand(len(test_images), N, generator=data.seeded_generator("cpu", 0))
-    test_noise = test_noise.to(machine.device)              # the same masks on every device
+    test_noise = visualize.random_noise(test_images, model, seed=0).to(machine.device)
 
     describe("pretrain", settings, machine, model, dataset)
     if settings.benchmark:
@@ -522,11 +520,10 @@ class Muon(torch.optim.Optimizer):
     values are taken as the one matrix that they share. torch.optim.Muon computes matrix by matrix
     and in bfloat16, which most CPUs emulate; here matrices of one shape go together, in `dtype`.
     """
-    STEP = 0.4
+    STEP, MOMENTUM = 0.4, 0.95
 
-    def __init__(self, groups: list[dict], dtype: torch.dtype = torch.float32,
-                 momentum: float = 0.95) -> None:
-        super().__init__(groups, dict(lr=0.0, weight_decay=0.0, momentum=momentum))
+    def __init__(self, groups: list[dict], dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(groups, dict(lr=0.0, weight_decay=0.0))
         self.dtype = dtype
 
     @torch.no_grad()
@@ -536,18 +533,18 @@ class Muon(torch.optim.Optimizer):
             for matrix in group["params"]:
                 by_shape.setdefault(matrix.shape, []).append((matrix, group))
         for shape, members in by_shape.items():
-            averages = [self.average(matrix, group["momentum"]) for matrix, group in members]
+            averages = [self.average(matrix) for matrix, _ in members]
             directions = orthogonalize(torch.stack(averages), self.dtype).float()
             for (matrix, group), direction in zip(members, directions):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.sub_(direction, alpha=self.STEP * group["lr"] * max(shape) ** 0.5)
 
-    def average(self, matrix: Tensor, momentum: float) -> Tensor:
+    def average(self, matrix: Tensor) -> Tensor:
         """Nesterov momentum: the running average of the gradients, blended with the latest."""
         if "average" not in self.state[matrix]:
             self.state[matrix]["average"] = torch.zeros_like(matrix)
-        average = self.state[matrix]["average"].lerp_(matrix.grad, 1 - momentum)
-        return matrix.grad.lerp(average, momentum)
+        average = self.state[matrix]["average"].lerp_(matrix.grad, 1 - self.MOMENTUM)
+        return matrix.grad.lerp(average, self.MOMENTUM)
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -557,8 +554,8 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     takes a singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5: in the end those that began
     above 0.0015 are between 0.68 and 1.21. So each step multiplies s by a function of s^2. In
     float32 the steps are taken on the small square matrix X X^T, whose eigenvalues are the s^2, and
-    their factors are multiplied, which takes fewer products. In bfloat16 they are taken on X
-    itself: the rounding of small s^2 would grow from step to step.
+    their factors are multiplied: less arithmetic, if the matrices are long. In bfloat16 they are
+    taken on X itself: the rounding of small s^2 would grow from step to step.
     """
     if matrices.shape[1] > matrices.shape[2]:               # the other square matrix is smaller
         return orthogonalize(matrices.mT.contiguous(), dtype).mT

@@ -549,7 +549,7 @@ def test_settings_are_chosen_on_images_held_out_and_evaluated_on_the_test_images
 
 def test_help_shows_the_default_of_a_number_even_if_it_is_0():
     text = " ".join(succeed(finetune, "--help").split())
-    for shown in ("passes over the training images (default: 4)", "and masks (default: 0)"):
+    for shown in ("passes over the training images (default: 4)", "of --labels-per-class (default: 0)"):
         assert shown in text
     assert "default: None" not in text and "default: False" not in text
 
@@ -980,15 +980,29 @@ def is_stopped(process) -> bool:
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
-def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(runs, tmp_path):
-    out = shutil.copytree(runs["pretrain"], tmp_path / "run")
-    before, limits = (out / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+@contextlib.contextmanager
+def full_disk(room: int):
+    """No file can have more than `room` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
-        status, _, err = run(pretrain, "--out", out, "--resume", "--epochs", 9, "--picture-every",
-                             100)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_leaves_no_part_of_a_data_set(flags, tmp_path):
+    with full_disk(room=100_000):
+        assert_bad_input(tmp_path, f"{tmp_path / 'shapes'}: File too large", pretrain,
+                         *flags["pretrain"], "--dataset", "shapes", "--data-dir", tmp_path)
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(runs, tmp_path):
+    out = shutil.copytree(runs["pretrain"], tmp_path / "run")
+    before = (out / "checkpoint.pt").read_bytes()
+    with full_disk(room=len(before) // 2):
+        status, _, err = run(pretrain, "--out", out, "--resume", "--epochs", 9, "--picture-every",
+                             100)
     assert status == 2 and err == f"error: {out / 'checkpoint.pt'}: File too large\n"
     assert (out / "checkpoint.pt").read_bytes() == before
     assert not list(out.rglob(".*"))

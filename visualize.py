@@ -192,6 +192,12 @@ def conditions(mask_ratio: float, norm_pix_loss: bool) -> str:
     return f"mask ratio {mask_ratio:g}" + (normalized if norm_pix_loss else "")
 
 
+def random_noise(images: Tensor, model: mae.MAEViT, seed: int) -> Tensor:
+    """The same noise (B, N) for the same seed, on the CPU: it decides what is masked."""
+    generator = data.seeded_generator("cpu", seed)
+    return torch.rand(len(images), model.encoder.num_patches, generator=generator)
+
+
 @torch.no_grad()
 def reconstruct(model: mae.MAEViT, images: Tensor, noise: Tensor, raw: bool = False,
                 mask_ratio: float | None = None) -> tuple[Tensor, Tensor]:
@@ -199,8 +205,8 @@ def reconstruct(model: mae.MAEViT, images: Tensor, noise: Tensor, raw: bool = Fa
 
     images uint8 (B, 3, H, W), noise (B, N) -> tiles uint8 (B, 3, 3, H, W): masked, reconstruction,
     original; error (B,): the mean squared error of the masked patches' pixels, scaled to -1..1.
-    Both are on the CPU. The visible patches are pasted back unless `raw`. mask_ratio: another one
-    than the model's own. Raises BadInput if it leaves no patch visible or none masked.
+    Both are on the CPU. The visible patches are pasted back unless `raw`. mask_ratio: instead
+    of the model's own. Raises BadInput if it leaves no patch visible or none masked.
     """
     device, p = model.encoder.pos_embed.device, model.encoder.patch_size
     images = data.scale(images.to(device))
@@ -789,11 +795,6 @@ def load_images(args: argparse.Namespace, dataset: str, size: int):
 # ------------------------------------------------------------------------------ the program
 
 
-def draw_noise(images: Tensor, model: mae.MAEViT, seed: int) -> Tensor:
-    generator = data.seeded_generator("cpu", seed)
-    return torch.rand(len(images), model.encoder.num_patches, generator=generator)     # (B, N)
-
-
 def load(args: argparse.Namespace, kind: str | None = None):
     """What the flags name: model, images, their labels, caption; for `embeddings` no images."""
     model, checkpoint = data.load_model(args.checkpoint, kind)
@@ -808,7 +809,7 @@ def load(args: argparse.Namespace, kind: str | None = None):
 def run_reconstruct(args: argparse.Namespace) -> Image.Image:
     """Masked images, their reconstructions and the originals."""
     model, images, labels, caption = load(args, "pretrain")
-    noise = draw_noise(images, model, args.seed)
+    noise = random_noise(images, model, args.seed)
     tiles, errors = reconstruct(model, images, noise, args.raw, args.mask_ratio)
     for label, error in zip(labels, errors.tolist()):
         print(f"{label}: error {error:.4f}")
@@ -822,7 +823,7 @@ def run_reconstruct(args: argparse.Namespace) -> Image.Image:
 def run_ratios(args: argparse.Namespace) -> Image.Image:
     """Reconstructions at mask ratios from 0.5 to 0.95."""
     model, images, _, caption = load(args, "pretrain")
-    return draw_ratios(model, images, draw_noise(images, model, args.seed), caption)
+    return draw_ratios(model, images, random_noise(images, model, args.seed), caption)
 
 
 def run_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
@@ -883,7 +884,7 @@ def run_architecture(args: argparse.Namespace) -> Image.Image:
         model = mae.MAEViT().eval()
         images, _, source = load_images(args, "cifar10", model.encoder.image_size)
         caption = f"{source} · MAEViT with its defaults (recipe full), untrained"
-    return draw_architecture(model, images[0], draw_noise(images[:1], model, args.seed), caption)
+    return draw_architecture(model, images[0], random_noise(images[:1], model, args.seed), caption)
 
 
 def whole_numbers(text: str) -> list[int]:

@@ -11,7 +11,7 @@
 #                                          from all runs in runs/; weights/ of those that are named
 #     bash results/reproduce.sh pictures   assets/, from these and from runs/pretrain-pixels
 #
-# By the arithmetic `lunch` takes nine to ten hours on two cores of a Zen 5, `afternoon` five, and `gpu` a quarter
+# By the arithmetic `lunch` takes ten to eleven hours on two cores of a Zen 5, `afternoon` five, and `gpu` a quarter
 # of an hour on an H200. Without bfloat16 in hardware `lunch` and `afternoon` compute in float32, five times as long.
 # It may be stopped at any time: called again, it skips what is done and resumes what was stopped.
 # To try it at a tiny size, put this in front of a command that trains:
@@ -51,7 +51,7 @@ laptop() {
         use pretrain-bf16-$seed finetune-bf16-$seed $flags --precision bf16 --seed $seed
     done
     # the pictures
-    run pretrain.py pretrain-pixels $flags --precision bf16 --compile --patch-size 2 \
+    run pretrain.py pretrain-pixels $flags --precision auto --compile --patch-size 2 \
         --no-norm-pix-loss
     # what to predict, and how much to hide, in about equal time
     run pretrain.py pretrain-3 $flags --epochs 3
@@ -85,10 +85,11 @@ lunch() {
     run finetune.py scratch-lunch-40-mix $scratch $crop --mix
     run finetune.py scratch-lunch-40 $scratch --epochs 40
     run finetune.py scratch-lunch-69-mix $scratch --augment crop --epochs 69 --mix
+    run finetune.py scratch-lunch-69-mix-1 $scratch --augment crop --epochs 69 --mix --seed 1
     run finetune.py scratch-lunch-69 $scratch --epochs 69
     run finetune.py scratch-lunch-69-color-mix $scratch --epochs 69 --mix
     # few labels: three draws of labels; each image shown 20 times, or 100 if there are very few
-    flags="--recipe laptop --dataset cifar10 --precision bf16 --epochs 1 --mix --augment crop"
+    flags="--recipe laptop --dataset cifar10 --epochs 1 --mix --augment crop"
     for seed in 0 1 2; do
         for labels in ${LABELS:-10 50 250}; do
             local few="--labels-per-class $labels --repeat $((labels < 50 ? 100 : 20)) --seed $seed"
@@ -141,8 +142,9 @@ pictures() {
     python visualize.py curves results/logs/scratch-lunch-69-mix.csv results/logs/finetune-lunch.csv \
         --metric cross-entropy --metric accuracy --out assets/curves.png
     python visualize.py compute results/runs.csv scratch scratch-lunch-10 scratch-lunch-20 \
-        scratch-lunch-40 scratch-lunch-69-mix finetune finetune-20-20 finetune-lunch \
-        --out assets/compute.png
+        scratch-lunch-40 scratch-lunch-69-mix scratch-lunch-69-mix-1 finetune-bf16 \
+        finetune-bf16-1 finetune-bf16-2 finetune-20-20 finetune-lunch finetune-lunch-1 \
+        finetune-lunch-2 --out assets/compute.png
 }
 
 collect() {     # collect [NAME ...]
@@ -187,6 +189,8 @@ columns = ["name", "command", "init", "epochs", "test_loss", "test_accuracy", "p
 for out in sorted(path.parent for path in runs.glob("*/weights.pt")):
     config = json.loads((out / "config.json").read_text())
     settings, machine = config["settings"], config["machine"]
+    if settings["validation"]:                          # no test images
+        continue
     with open(out / "log.csv") as file:
         log = list(csv.DictReader(file))
     minutes = sum(float(row["seconds"]) for row in log) / 60
