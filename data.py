@@ -763,7 +763,7 @@ class Progress:
     def advance(self, count: int = 1) -> bool:
         """Count what is done. Returns whether it is time to show the line."""
         self.done += count
-        if self.done == self.total and sys.stderr.isatty():     # erase the last line
+        if self.done == self.total and sys.stderr.isatty():     # erase the line
             print("\x1b[K", end="", file=sys.stderr, flush=True)
         return (time.monotonic() - self.shown > (0.5 if sys.stderr.isatty() else 30)
                 and self.done < self.total)

@@ -146,11 +146,11 @@ def labelled_batches(dataset: data.Dataset, num_patches: int, epoch: int,
     generator = data.seeded_generator(images.device, settings.seed, epoch)
     order = data.epoch_order(len(images) * settings.repeat, settings.batch_size, generator)
     for ids in order % len(images):
-        batch, targets = data.augment(images[ids], settings.augment, generator), labels[ids]
+        pixels, targets = data.augment(images[ids], settings.augment, generator), labels[ids]
         if settings.mix:
             targets = F.one_hot(targets, len(dataset.classes)).float()
-            batch, targets = data.mix(batch, targets, generator)
-        batch = [data.scale(batch), targets]
+            pixels, targets = data.mix(pixels, targets, generator)
+        batch = [data.scale(pixels), targets]
         if drop:
             batch.append(torch.rand(len(ids), num_patches, generator=generator,
                                     device=images.device))

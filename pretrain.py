@@ -645,8 +645,8 @@ class Run:
         modules: by the key that the weights of each have in the checkpoint.
         """
         path, settings = self.out / "checkpoint.pt", self.settings
-        continues = settings.resume and path.exists()
-        if continues:
+        resumed = settings.resume and path.exists()
+        if resumed:
             checkpoint = data.load_checkpoint(path, self.kind)
             check_same_run(settings, checkpoint["settings"])    # config.json may have been changed
             if checkpoint.get("images") != settings.images:
@@ -659,7 +659,7 @@ class Run:
             self.log = checkpoint["log"]
         if self.machine.main:
             write_config(self.out, self.kind, settings, self.machine)
-        return continues
+        return resumed
 
     def epochs_left(self) -> range:
         """The epochs that are not done, counted from 1. Starts the estimate of the time left."""

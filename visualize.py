@@ -193,7 +193,7 @@ def conditions(mask_ratio: float, norm_pix_loss: bool) -> str:
 
 
 def random_noise(images: Tensor, model: mae.MAEViT, seed: int) -> Tensor:
-    """The same noise (B, N) for the same seed, on the CPU: it decides what is masked."""
+    """Noise (B, N), made on the CPU: one seed masks the same patches on every device."""
     generator = data.seeded_generator("cpu", seed)
     return torch.rand(len(images), model.encoder.num_patches, generator=generator)
 
@@ -445,7 +445,7 @@ def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False
 
 def draw_compute(families: dict[str, list[tuple]], caption: str) -> Image.Image:
     """What whole runs reach, against the arithmetic of all their training: a dot for each run, a
-    line through the mean of those of equal arithmetic, which differ in the seed.
+    line through the mean of those of equal arithmetic (several seeds), named after the first.
 
     families: for each label in the legend, (PFLOP, accuracy in %, name) of at least one run.
     """

@@ -189,7 +189,7 @@ columns = ["name", "command", "init", "epochs", "test_loss", "test_accuracy", "p
 for out in sorted(path.parent for path in runs.glob("*/weights.pt")):
     config = json.loads((out / "config.json").read_text())
     settings, machine = config["settings"], config["machine"]
-    if settings["validation"]:                          # no test images
+    if settings["validation"]:                          # on no test images
         continue
     with open(out / "log.csv") as file:
         log = list(csv.DictReader(file))
