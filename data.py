@@ -1,9 +1,8 @@
-"""Everything on disk: data sets, and what a run writes and reads.
+"""Everything on disk: data sets, and what a run writes and reads; flags and errors.
 
-Input: the name of a data set and a folder. Output: a `Dataset`, whose training images are one uint8
-tensor (n, 3, 32, 32) and their labels one int64 tensor (n,), and so are the test images. Batches
-are indexed from it, flipped, cropped and scaled by operations on whole batches, on the device where
-the tensors are. In this order:
+Input: the name of a data set and a folder. Output: a `Dataset`, which holds the images for training
+and those for testing, each uint8 (n, 3, 32, 32), and their labels, int64 (n,). Flips, crops and
+scaling are operations on whole batches, on the device where the tensors are. In this order:
 
     data sets     where they are, how they are read: the binary files, parsed by hand
     batches       order, flips, crops and colours, mixing, scaling
@@ -219,8 +218,8 @@ def seeded_generator(device: torch.device | str, *numbers: int) -> torch.Generat
 def epoch_order(count: int, batch_size: int, generator: torch.Generator) -> Tensor:
     """Which images make up each batch of an epoch: (steps, batch_size).
 
-    Every image once, in random order, except the last count % batch_size of that order, which are
-    left out of this epoch. A set smaller than one batch is repeated until it fills one.
+    Every image once, in random order. The last count % batch_size of that order do not fill a
+    batch and are left out. A set smaller than one batch is repeated until it fills one.
     """
     steps = max(1, count // batch_size)
     rounds = math.ceil(steps * batch_size / count)
@@ -230,8 +229,8 @@ def epoch_order(count: int, batch_size: int, generator: torch.Generator) -> Tens
 
 
 def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4) -> Tensor:
-    """Random flips ("flip"), also shifted crops ("crop"), also changed colours ("color"), or none
-    of these ("none").
+    """Change images at random. kind: "none"; "flip"; "crop" for flips and shifted crops; "color"
+    for flips, shifted crops and changed colours.
 
     images uint8 (B, 3, H, W) -> the same shape, as floats if colours change. A crop shifts by up
     to `pad` pixels in each direction and fills the margin with the mirror image. Flip and crop are
@@ -251,14 +250,16 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4)
     rows = (H - 1) - ((H - 1) - rows.abs()).abs()           # mirror at both edges
     columns = (W - 1) - ((W - 1) - columns.abs()).abs()
     batch = torch.arange(B, device=device)[:, None, None]
-    images = images[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    images = images[batch, :, rows[:, :, None], columns[:, None, :]]    # (B, H, W, 3)
+    images = images.permute(0, 3, 1, 2)                     # (B, 3, H, W)
     return change_colors(images, generator) if kind == "color" else images
 
 
 def change_colors(images: Tensor, generator: torch.Generator, strength: float = 0.4) -> Tensor:
-    """Random saturation, contrast and brightness (after Chen et al. 2020, arXiv 2002.05709,
-    appendix A, who change the hue, too): the distance of each colour from its own grey, then from
-    the mean of the image, then from black is multiplied by a factor of 1 - strength..1 + strength.
+    """Random saturation, contrast and brightness: three factors per image, from 1 - strength to
+    1 + strength, multiply the distance of each colour from its own grey, then from the mean of the
+    image, then from black. After Chen et al. 2020, arXiv 2002.05709, appendix A, who also change
+    the hue.
 
     images uint8 (B, 3, H, W) -> the same shape, as floats, 0..255.
     """
@@ -291,13 +292,13 @@ def mix(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Ten
         places = torch.arange(length, device=images.device) + 0.5
         return (places - uniform(B, 1) * length).abs() < half * length
 
-    own = uniform(B, 1)                                     # the image's own share
-    half = (1 - own).sqrt() / 2                             # half the side of a box of area 1 - own
+    drawn = uniform(B, 1)                                   # the image's own share
+    half = (1 - drawn).sqrt() / 2                           # half a box's side; its area: 1 - drawn
     box = near_random_center(H, half)[:, :, None] & near_random_center(W, half)[:, None, :]
-    weight = torch.where(uniform(B, 1, 1) < 0.5, own[:, :, None], 1.0 - box.float())    # (B, H, W)
-    own = weight.mean(dim=(1, 2))[:, None]                  # exact: the edge may cut a box off
+    weight = torch.where(uniform(B, 1, 1) < 0.5, drawn[:, :, None], 1.0 - box.float())  # (B, H, W)
+    share = weight.mean(dim=(1, 2))[:, None]                # exact: the edge may cut a box off
     return (torch.lerp(images.roll(1, 0).float(), images.float(), weight[:, None]),
-            torch.lerp(labels.roll(1, 0), labels, own))
+            torch.lerp(labels.roll(1, 0), labels, share))
 
 
 def scale(images: Tensor) -> Tensor:
@@ -493,8 +494,9 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
     """Read a checkpoint, or the one in a run's folder. No code in it is executed.
 
     Keys: kind ("pretrain" or "classifier"), settings (a value for each of FLAGS[kind]), epoch
-    (epochs done), log (a dict per epoch), images (how many for training and testing), model (state
-    dict) and, except in weights.pt, optimizers (the state of each) and, of a linear probe, probe.
+    (epochs done), log (a dict per epoch), images (how many for training, before --labels-per-class,
+    and for testing), model (state dict) and, except in weights.pt, optimizers (the state of each)
+    and, of a linear probe, probe.
     Raises BadInput if the file is not what the programs write, or of another kind or version;
     OSError if it cannot be read.
     """
@@ -528,9 +530,9 @@ def is_complete(checkpoint: dict) -> bool:
     kind, log, model = (checkpoint.get(key) for key in ("kind", "log", "model"))
     if kind not in tuple(PROGRAMS) or not isinstance(log, list) or not isinstance(model, dict):
         return False
-    rows = all(isinstance(row, dict) and tuple(row) == LOG_COLUMNS[kind]
-               and all(type(value) in (int, float) for value in row.values()) for row in log)
-    return (rows and checkpoint.get("epoch") == len(log)
+    rows_fit = all(isinstance(row, dict) and tuple(row) == LOG_COLUMNS[kind]
+                   and all(type(value) in (int, float) for value in row.values()) for row in log)
+    return (rows_fit and checkpoint.get("epoch") == len(log)
             and are_settings(checkpoint.get("settings"), kind))
 
 
@@ -594,7 +596,8 @@ def number(kind: type, low: float, high: float, open_ends: bool = False):
     return parse
 
 
-COUNT, SWITCH = number(int, 1, 10**6), argparse.BooleanOptionalAction
+COUNT = number(int, 1, 10**6)
+SWITCH = argparse.BooleanOptionalAction                 # --flag and --no-flag
 COMMON_FLAGS = {                # of pretrain.py and finetune.py
     "dataset": dict(choices=["auto", *SOURCES], default="auto", help="auto is CIFAR-10 if it is "
                     "there or can be downloaded, or else the drawn shapes"),
@@ -622,7 +625,7 @@ COMMON_FLAGS = {                # of pretrain.py and finetune.py
                     "mirrored; crop: also shifted by up to 4 pixels; color: also saturation, "
                     "contrast and brightness change by up to 40 %%"),
     "seed": dict(type=number(int, 0, 2**32 - 1), default=0, help="of weights, order, augmentation, "
-                 "masks, and the images of --labels-per-class"),
+                 "masks and the choice of labelled images"),
     "device": dict(choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto is cuda if "
                    "it is there, or else mps, or else cpu"),
     "precision": dict(choices=["auto", "fp32", "bf16"], default="auto", help="bf16: matrix "
@@ -742,13 +745,13 @@ def exit_on_bad_input():
             raise
         problem = f"{error.filename}: {error.strerror}"
     except (MemoryError, RuntimeError) as error:            # of numpy; of torch, CUDA and cuBLAS
-        signs = ("out of memory", "t allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+        signs = ("out of memory", "allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
         if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
             raise
         problem = "out of memory: use smaller sizes or batches, see --help"
     else:
         return
-    sys.stderr.write(f"error: {' '.join(problem.split())}\n")   # in one piece, also from processes
+    sys.stderr.write(f"error: {' '.join(problem.split())}\n")   # one write: processes do not mix
     sys.exit(2)
 
 
@@ -770,11 +773,11 @@ class Progress:
 
     def show(self, text: str) -> None:
         self.shown = time.monotonic()
-        text += f"  {self.time_left()} left"
+        text, end = f"{text}  {self.time_left()} left", "\n"
         if sys.stderr.isatty():                             # \x1b[K erases the rest of the line
             columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-            text = text[:columns - 1] + "\x1b[K\r"
-        print(text, end="" if text.endswith("\r") else "\n", file=sys.stderr, flush=True)
+            text, end = text[:columns - 1], "\x1b[K\r"
+        print(text, end=end, file=sys.stderr, flush=True)
 
     def time_left(self) -> datetime.timedelta:
         """Estimated from the time per count so far."""

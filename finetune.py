@@ -5,12 +5,12 @@ classifier (config.json, log.csv, checkpoint.pt, weights.pt, curves.png).
 
     --init RUN                  fine-tuning: all weights are trained (MAE, appendix A.1)
     --init RUN --mode linear    linear probe: the encoder is frozen, only the head is trained (A.1)
-    (neither)                   the same network and recipe from scratch, to compare with
+    (without --init)            the same network and recipe from scratch, to compare with
     --evaluate RUN              no training: the test accuracy of a saved classifier
 
 The weights of the saved classifier load into timm's VisionTransformer. In this order: recipes,
-`main`, the two stories (`finetune` and `probe`), then what they call. The settings, the training
-loop, the optimizers and the run folder come from pretrain.py.
+`main`, the two ways to train (`finetune` and `probe`), then what they call. The settings, the
+training loop, the optimizers and the run folder come from pretrain.py.
 """
 import signal
 
@@ -46,7 +46,7 @@ RECIPES["lunch"] = RECIPES["laptop"] | dict(
     epochs=44, whole_epochs=4, batch_size=128, base_lr=1.4e-2, augment="color")
 RECIPES["strong"] = RECIPES["full"] | dict(
     pool="mean", base_lr=2e-3, layer_decay=0.8, augment="crop", mix=True)
-LINEAR = dict(                  # with --mode linear, over the recipe
+LINEAR = dict(                  # with --mode linear, instead of the recipe's values
     epochs=100, warmup=0.1, batch_size=512, micro_batch_size=512, base_lr=1e-2, optimizer="adamw",
     weight_decay=0.0, layer_decay=1.0, augment="none", mask_ratio=0.0, mix=False, whole_epochs=0,
     compile=False, checkpoint_every=10)
@@ -67,8 +67,9 @@ def main(argv: list[str] | None = None) -> None:
     check_given(settings, sizes, f"the encoder of {first.init}")
     if settings.mode == "linear":
         check_linear(settings)
+    train = probe if settings.mode == "linear" else finetune
     with on_machine(settings) as machine:
-        (probe if settings.mode == "linear" else finetune)(settings, machine)
+        train(settings, machine)
 
 
 def finetune(settings: argparse.Namespace, machine: Machine) -> None:
@@ -99,7 +100,7 @@ def finetune(settings: argparse.Namespace, machine: Machine) -> None:
                 test_batches = in_batches(dataset.test_images, dataset.test_labels)
                 tested = evaluate(model, classify, test_batches, machine,
                                   exact=epoch == settings.epochs)
-                run.end_epoch(trained + tested, speed, model, optimizers)
+                run.end_epoch([*trained, *tested], speed, model, optimizers)
 
 
 def probe(settings: argparse.Namespace, machine: Machine) -> None:
@@ -111,13 +112,13 @@ def probe(settings: argparse.Namespace, machine: Machine) -> None:
     machine = dataclasses.replace(machine, processes=1)
     classifier = make_model("classifier", settings, machine)
     describe("classifier", settings, machine, classifier, dataset)
-    head = nn.Linear(classifier.dim, len(dataset.classes), device=machine.device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    optimizers = make_optimizers(head, settings, betas=(0.9, 0.999))
-    learner = Learner(head, classify, optimizers)
+    probe_head = nn.Linear(classifier.dim, len(dataset.classes), device=machine.device)
+    nn.init.zeros_(probe_head.weight)
+    nn.init.zeros_(probe_head.bias)
+    optimizers = make_optimizers(probe_head, settings, betas=(0.9, 0.999))
+    learner = Learner(probe_head, classify, optimizers)
     with open_run("classifier", "linear", settings, machine) as run:
-        resumed = run.restore(optimizers, model=classifier, probe=head)
+        resumed = run.restore(optimizers, model=classifier, probe=probe_head)
         if not resumed:
             load_encoder(classifier, settings, machine)
         features = compute_features(classifier, dataset.train_images, machine, exact=False)
@@ -128,10 +129,11 @@ def probe(settings: argparse.Namespace, machine: Machine) -> None:
         for epoch in run.epochs_left():
             batches = feature_batches(features, dataset.train_labels, epoch, settings)
             trained, speed = train_epoch(learner, batches, epoch, run.progress, settings, machine)
-            tested = evaluate(head, classify, [(test_features, dataset.test_labels)], machine,
+            tested = evaluate(probe_head, classify, [(test_features, dataset.test_labels)], machine,
                               exact=True)
-            fold_probe(head, mean, std, classifier.head)
-            run.end_epoch(trained + tested, speed, classifier, optimizers, probe=head.state_dict())
+            fold_probe(probe_head, mean, std, classifier.head)
+            run.end_epoch([*trained, *tested], speed, classifier, optimizers,
+                          probe=probe_head.state_dict())
 
 
 # ------------------------------------------------------------------------------ batches
@@ -142,10 +144,10 @@ def labelled_batches(dataset: data.Dataset, num_patches: int, epoch: int,
     """The batches of an epoch: images (B, 3, H, W) of -1..1; labels (B,) or, if images are mixed,
     (B, classes); and, if patches are left out, noise (B, N)."""
     images, labels = dataset.train_images, dataset.train_labels
-    drop = settings.mask_ratio and epoch <= settings.epochs - settings.whole_epochs
+    drop = settings.mask_ratio > 0 and epoch <= settings.epochs - settings.whole_epochs
     generator = data.seeded_generator(images.device, settings.seed, epoch)
     order = data.epoch_order(len(images) * settings.repeat, settings.batch_size, generator)
-    for ids in order % len(images):
+    for ids in order % len(images):                         # each image `repeat` times
         pixels, targets = data.augment(images[ids], settings.augment, generator), labels[ids]
         if settings.mix:
             targets = F.one_hot(targets, len(dataset.classes)).float()
@@ -183,27 +185,28 @@ def encoder_sizes(init: str) -> dict:
 def load_encoder(classifier: mae.ViTClassifier, settings: argparse.Namespace,
                  machine: Machine) -> None:
     """Copy the encoder of --init into a classifier. Says so if it is unfinished, of another data
-    set or has seen the validation images. Raises BadInput, OSError."""
+    set or may have seen validation images. Raises BadInput, OSError."""
     autoencoder, checkpoint = data.load_model(settings.init, "pretrain")
     classifier.load_state_dict(autoencoder.encoder.state_dict(), strict=False)  # all but the head
-    learned, notes = checkpoint["settings"], []
-    if checkpoint["epoch"] < learned["epochs"]:
-        notes.append(f"has done {checkpoint['epoch']} of its {learned['epochs']} epochs")
-    if learned["dataset"] != settings.dataset:
-        notes.append(f"was pre-trained on {learned['dataset']}, not on {settings.dataset}")
-    elif settings.validation > learned["validation"]:
-        notes.append("has seen the validation images, without labels")
-    for note in notes if machine.main else ():
-        print(f"note: {settings.init} {note}", file=sys.stderr)
+    saved, notes = checkpoint["settings"], []
+    if checkpoint["epoch"] < saved["epochs"]:
+        notes.append(f"has done {checkpoint['epoch']} of its {saved['epochs']} epochs")
+    if saved["dataset"] != settings.dataset:
+        notes.append(f"was pre-trained on {saved['dataset']}, not on {settings.dataset}")
+    elif settings.validation > saved["validation"]:
+        notes.append("may have seen validation images, without labels")
+    if machine.main:
+        for note in notes:
+            print(f"note: {settings.init} {note}", file=sys.stderr)
 
 
 def layers_above(name: str, depth: int) -> int:
-    """How many layers of a ViT are above the layer of a parameter: none above norm and head, then
-    the blocks from the last to the first, then the embeddings. For the layer-wise decay of the
-    learning rate (Clark et al. 2020, arXiv 2003.10555; MAE, table 9)."""
-    part, _, rest = name.partition(".")
+    """How many layers of a ViT are above that of a parameter: 0 for norm and head, 1 for the last
+    block, `depth` for the first block, depth + 1 for the embeddings. For the layer-wise decay of
+    the learning rate (Clark et al. 2020, arXiv 2003.10555; MAE, table 9)."""
+    part, *rest = name.split(".")
     if part == "blocks":
-        return depth - int(rest.split(".")[0])
+        return depth - int(rest[0])
     return depth + 1 if part in ("patch_embed", "cls_token", "pos_embed") else 0
 
 
@@ -229,7 +232,7 @@ def compute_features(classifier: mae.ViTClassifier, images: Tensor, machine: Mac
     classifier.eval()
     progress, features = data.Progress(len(images)), []
     with machine.autocast(exact):
-        for batch, in in_batches(images):
+        for (batch,) in in_batches(images):
             features.append(classifier.features(batch).float())
             if progress.advance(len(batch)):
                 progress.show("computing features")
@@ -244,11 +247,11 @@ def feature_batches(features: Tensor, labels: Tensor, epoch: int, settings: argp
 
 
 @torch.no_grad()
-def fold_probe(probe: nn.Linear, mean: Tensor, std: Tensor, head: nn.Linear) -> None:
+def fold_probe(probe_head: nn.Linear, mean: Tensor, std: Tensor, head: nn.Linear) -> None:
     """Write the probe, which reads normalised features, into the head, which reads plain ones:
     W (x - m) / s + b = (W / s) x + (b - (W / s) m)."""
-    head.weight.copy_(probe.weight / std)
-    head.bias.copy_(probe.bias - head.weight @ mean)
+    head.weight.copy_(probe_head.weight / std)
+    head.bias.copy_(probe_head.bias - head.weight @ mean)
 
 
 # ------------------------------------------------------------------------------ evaluation
@@ -261,23 +264,23 @@ def evaluate_classifier(argv: list[str]) -> None:
     parser.add_argument("--evaluate", metavar="CHECKPOINT", required=True)
     parser.add_flags({name: data.FLAGS["classifier"][name] for name in (
         "dataset", "data_dir", "device", "precision")})
-    parser.set_defaults(dataset=None, data_dir=None, precision="fp32")
-    given = parser.parse_args(argv)
-    model, checkpoint = data.load_model(given.evaluate, "classifier")
-    learned = checkpoint["settings"]
-    given_values = {name: value for name, value in vars(given).items() if value is not None}
-    settings = argparse.Namespace(**learned | dict(
-        limit=None, validation=0, labels_per_class=None, compile=False) | given_values)
+    parser.set_defaults(dataset=None, precision="fp32")
+    given = vars(parser.parse_args(argv))
+    model, checkpoint = data.load_model(given["evaluate"], "classifier")
+    saved = checkpoint["settings"]
+    given["dataset"] = given["dataset"] or saved["dataset"]
+    all_images = dict(limit=None, validation=0, labels_per_class=None)
+    settings = argparse.Namespace(**saved | all_images | given | dict(compile=False))
     with on_machine(settings) as machine:
         dataset = load_data(settings, machine)
         if len(dataset.classes) != model.head.out_features:
-            raise BadInput(f"{given.evaluate} distinguishes {model.head.out_features} classes, "
+            raise BadInput(f"{settings.evaluate} distinguishes {model.head.out_features} classes, "
                            f"{dataset.name} has {len(dataset.classes)}: name its data set with "
                            "--dataset")
         if not machine.main:
             return
-        if dataset.name != learned["dataset"]:
-            print(f"note: it was trained on {learned['dataset']}, not on {dataset.name}",
+        if dataset.name != saved["dataset"]:
+            print(f"note: it was trained on {saved['dataset']}, not on {dataset.name}",
                   file=sys.stderr)
         batches = in_batches(dataset.test_images, dataset.test_labels)
         loss, accuracy = evaluate(model.to(machine.device), classify, batches, machine, exact=False)

@@ -76,7 +76,7 @@ def normalize_patches(patches: Tensor) -> Tensor:
 
 def denormalize_patches(normalized: Tensor, patches: Tensor) -> Tensor:
     """The inverse of `normalize_patches`, with the mean and deviation of the original `patches`:
-    twice (B, N, 3*p*p) -> the same shape."""
+    (B, N, 3*p*p) and (B, N, 3*p*p) -> the same shape."""
     mean, deviation = mean_and_deviation(patches)
     return normalized * deviation + mean
 
@@ -93,21 +93,19 @@ class PatchShuffle(nn.Module):
     """Random masking by shuffling (MAE, section 3, "Simple implementation").
 
     The tokens of each image are shuffled. The first K = round(N * (1 - mask_ratio)) stay visible,
-    the other N - K are masked. The class token takes no part in this. Raises ValueError if the
-    mask ratio is not between 0 and 1; its methods raise it if no token is visible or none masked.
+    the other N - K are masked. The class token takes no part in this. Its methods raise ValueError
+    if no token would be visible or none masked.
     """
 
     def __init__(self, mask_ratio: float) -> None:
         super().__init__()
-        if not 0 < mask_ratio < 1:
-            raise ValueError(f"mask ratio {mask_ratio} is not between 0 and 1")
         self.mask_ratio = mask_ratio
 
     def count_visible(self, N: int) -> int:
         """K, of N tokens."""
         K = round(N * (1 - self.mask_ratio))
         if not 0 < K < N:
-            kind = "visible" if K == 0 else "masked"
+            kind = "visible" if K <= 0 else "masked"
             raise ValueError(f"mask ratio {self.mask_ratio} leaves no {kind} patch out of {N}")
         return K
 
@@ -217,12 +215,11 @@ def sine_cosine(N: int, D: int) -> Tensor:
     """The initial position embeddings of N patches, (N, D): sines and cosines of each patch's row,
     then of its column (Vaswani et al. 2017, arXiv 1706.03762, section 3.5; MAE, appendix A.1).
 
-    The original frequencies fall from 1 to 1/10,000 and suit long texts. Ours fall from 1 to
-    1/side, the side of the grid in patches, since slower waves would hardly change from patch to
-    patch.
+    The original frequencies, for long texts, fall from 1 to 1/10,000. Ours fall from 1 to 1/side
+    (side: patches in a row), since slower waves would hardly change from patch to patch.
     """
     side, waves = math.isqrt(N), D // 4
-    frequencies = side ** (-torch.arange(waves) / max(waves, 1))    # (D/4)
+    frequencies = side ** (-torch.arange(waves) / max(waves, 1))    # (D/4,)
     angles = torch.arange(side)[:, None] * frequencies      # (side, D/4)
     codes = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
     rows = codes[:, None].expand(-1, side, -1)              # (side, side, D/2)
@@ -327,9 +324,9 @@ class Decoder(nn.Module):
         B, N = restore.shape
         tokens = self.embed(latent)                         # (B, 1 + K, D')
         cls, visible = tokens[:, :1], tokens[:, 1:]         # (B, 1, D'), (B, K, D')
-        masked = self.mask_token.to(tokens.dtype).expand(B, N - visible.shape[1], -1)
-        patches = take(torch.cat([visible, masked], dim=1), restore)    # (B, N, D') unshuffled
-        return torch.cat([cls, patches], dim=1)
+        gaps = self.mask_token.to(tokens.dtype).expand(B, N - visible.shape[1], -1)
+        shuffled = torch.cat([visible, gaps], dim=1)        # (B, N, D')
+        return torch.cat([cls, take(shuffled, restore)], dim=1)     # in image order
 
     def forward(self, latent: Tensor, restore: Tensor) -> Tensor:
         """(B, 1 + K, D), (B, N) -> pred (B, N, 3*p*p), in image order."""
@@ -386,14 +383,14 @@ class MAEViT(nn.Module):
 
 
 class ViTClassifier(Encoder):
-    """A copy of an encoder with a linear head, on whole images. The parameters have the names and
-    shapes that timm's VisionTransformer gives them.
+    """A copy of an encoder with a linear head. The parameters have the names and shapes that timm's
+    VisionTransformer gives them.
 
     pool: the head reads the latent class token ("cls"), or the mean over the latent patches
-    ("mean"; MAE, appendix A.1). mask_ratio: the part of the patches that is left out if
-    noise is given, as in training (PatchDropout, Liu et al. 2022, arXiv 2208.07220): this costs
-    less and regularises. Raises ValueError for an unknown pool, fewer than one class, or a mask
-    ratio that leaves no patch.
+    ("mean"; MAE, appendix A.1). mask_ratio: if noise is given, as in training, this part of the
+    patches is left out (PatchDropout, Liu et al. 2022, arXiv 2208.07220), which costs less and
+    regularises; without noise the head sees whole images. Raises ValueError for an unknown pool, or
+    a mask ratio that leaves no patch.
     """
 
     def __init__(self, encoder: Encoder, num_classes: int = 10, pool: str = "cls",
@@ -403,8 +400,6 @@ class ViTClassifier(Encoder):
         self.load_state_dict(encoder.state_dict())
         if pool not in ("cls", "mean"):
             raise ValueError(f'pool must be "cls" or "mean", not {pool!r}')
-        if num_classes < 1:
-            raise ValueError(f"the number of classes must be at least 1, not {num_classes}")
         self.pool = pool
         self.head = nn.Linear(self.dim, num_classes)
         nn.init.normal_(self.head.weight, std=0.01)

@@ -112,19 +112,19 @@ def pretrain(settings: argparse.Namespace, machine: "Machine") -> None:
             visualize.save_epoch(run.out / "reconstructions", epoch, model, test_images[:PICTURED],
                                  test_noise[:PICTURED], caption)
 
-        epochs = run.epochs_left()
         if machine.main and not run.log:
             save_picture(0)                                 # before training
-        for epoch in epochs:
+        for epoch in run.epochs_left():
             loss, speed = train_epoch(learner, train_batches(epoch), epoch, run.progress, settings,
                                       machine)
             if machine.main:
+                last = epoch == settings.epochs
                 test_loss = evaluate(model, masked_loss, in_batches(test_images, test_noise),
-                                     machine, exact=epoch == settings.epochs)
+                                     machine, exact=last)
                 run.check_still_there()                     # before its folder gets a picture
-                if epoch % settings.picture_every == 0 or epoch in (1, settings.epochs):
+                if last or epoch == 1 or epoch % settings.picture_every == 0:
                     save_picture(epoch)
-                run.end_epoch(loss + test_loss, speed, model, optimizers)
+                run.end_epoch([*loss, *test_loss], speed, model, optimizers)
 
 
 # ------------------------------------------------------------------------------ batches
@@ -253,9 +253,10 @@ class Machine:
         its kernels are then replayed as one graph instead of launched one by one, unless a batch is
         larger than a micro-batch: a replay overwrites the gradients that the last one returned, so
         they could not be added up."""
+        if not settings.compile:
+            return model
         graphs = self.device.type == "cuda" and settings.batch_size <= settings.micro_batch_size
-        mode = "reduce-overhead" if graphs else None
-        return torch.compile(model, mode=mode) if settings.compile else model
+        return torch.compile(model, mode="reduce-overhead" if graphs else None)
 
     def part(self, batch: Tensor) -> Tensor:
         """This process's part of a batch: (B, ...) -> about (B / processes, ...)."""
@@ -272,8 +273,8 @@ class Machine:
 def on_machine(settings: argparse.Namespace):
     """Decide what is "auto" in the settings, join the other processes if torchrun started several,
     and yield a Machine. Raises BadInput if the device is missing or cannot do what is asked."""
-    rank, local_rank, processes = (int(os.environ.get(name, default)) for name, default in
-                                   (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
     if settings.device == "auto":
@@ -317,7 +318,7 @@ def multiplies_bf16(device: str) -> bool:
 def decide_to_compile(wanted: bool | None, device: torch.device) -> bool:
     """Compile if that is asked for or, by default, on CUDA; first try it on something tiny. Raises
     BadInput if it is asked for and does not work."""
-    if wanted is False or wanted is None and device.type != "cuda":
+    if wanted is False or (wanted is None and device.type != "cuda"):
         return False
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
@@ -342,8 +343,9 @@ def keep_freed_memory() -> None:
 
 def load_data(settings: argparse.Namespace, machine: Machine) -> data.Dataset:
     """The data set on the device, without the images and labels that the settings leave out. Adds
-    to the settings how many images there are, and the steps per epoch. The main process reads (and
-    downloads) the data first, then one process of each other machine, then the rest."""
+    to the settings how many images there are, before --labels-per-class, and the steps per epoch.
+    The main process reads (and downloads) the data first, then one process of each other machine,
+    then the rest."""
     turn = 0 if machine.main else 1 if machine.local_rank == 0 else 2
     for now in range(3):
         if now == turn:
@@ -380,12 +382,12 @@ def describe(kind: str, settings: argparse.Namespace, machine: Machine, model: n
     """Print what is about to run."""
     if not machine.main:
         return
-    name = (torch.cuda.get_device_name() if machine.device.type == "cuda"
-            else f"{machine.device.type}, threads: {torch.get_num_threads()}")
+    device = (torch.cuda.get_device_name() if machine.device.type == "cuda"
+              else f"{machine.device.type}, threads: {torch.get_num_threads()}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     values = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in
                        kept(settings, kind).items() if value is not None)
-    print(f"machine    {name}, processes: {machine.processes}\n"
+    print(f"machine    {device}, processes: {machine.processes}\n"
           f"data       {dataset.title}: {len(dataset.train_images):,} training and "
           f"{len(dataset.test_images):,} {test_name(settings)} images\n"
           f"model      {type(model).__name__} of {parameters:,} parameters\n"
@@ -408,7 +410,8 @@ class Learner:
 
 def train_epoch(learner: Learner, batches: Iterable, epoch: int, progress: data.Progress,
                 settings: argparse.Namespace, machine: Machine) -> tuple[list[float], float]:
-    """One epoch, counted from 1: the mean of what the objective logs, and the images per second.
+    """Train for one epoch, counted from 1. Returns the mean of what the objective logs, and the
+    images per second.
 
     batches: tensors (B, ...), the same in all processes. The program waits for the device only to
     show progress and at the end. Raises BadInput if the loss is not finite.
@@ -503,11 +506,16 @@ def make_optimizers(model: nn.Module, settings: argparse.Namespace, betas: tuple
         groups = muon if settings.optimizer == "muon" and in_block else adamw
         decay = settings.weight_decay if parameter.ndim in (2, 4) else 0.0
         groups.setdefault((decay, lr_scale(name)), []).append(parameter)
-    adamw, muon = ([{"params": parameters, "weight_decay": decay, "lr_scale": scale}
-                    for (decay, scale), parameters in groups.items()] for groups in (adamw, muon))
-    optimizers = [torch.optim.AdamW(adamw, lr=0.0, betas=betas, fused=True)]
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    return optimizers + [Muon(muon, dtype)] if muon else optimizers
+
+    def as_groups(by_factors: dict[tuple, list]) -> list[dict]:
+        return [{"params": parameters, "weight_decay": decay, "lr_scale": scale}
+                for (decay, scale), parameters in by_factors.items()]
+
+    optimizers = [torch.optim.AdamW(as_groups(adamw), lr=0.0, betas=betas, fused=True)]
+    if muon:
+        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        optimizers.append(Muon(as_groups(muon), dtype))
+    return optimizers                                       # train_epoch sets the rates
 
 
 class Muon(torch.optim.Optimizer):
@@ -515,10 +523,11 @@ class Muon(torch.optim.Optimizer):
     not only in the few that dominate its gradient.
 
     For the weight matrices inside a network. An orthogonal (r, c) matrix has entries of about
-    1 / sqrt(max(r, c)), so a weight moves by about STEP * lr. Liu et al. 2025 (arXiv 2502.16982,
-    section 2.2) found that AdamW moves it by 0.2 to 0.4 times lr, hence STEP. Queries, keys and
-    values are taken as the one matrix that they share. torch.optim.Muon computes matrix by matrix
-    and in bfloat16, which most CPUs emulate; here matrices of one shape go together, in `dtype`.
+    1 / sqrt(max(r, c)). `step` multiplies it by STEP * lr * sqrt(max(r, c)), so a weight moves by
+    about STEP * lr; AdamW moves it by 0.2 to 0.4 times lr (Liu et al. 2025, arXiv 2502.16982,
+    section 2.2), hence STEP. Queries, keys and values are taken as the one matrix that they share.
+    torch.optim.Muon computes matrix by matrix and in bfloat16, which most CPUs emulate; here
+    matrices of one shape go together, in `dtype`.
     """
     STEP, MOMENTUM = 0.4, 0.95
 
@@ -541,9 +550,10 @@ class Muon(torch.optim.Optimizer):
 
     def average(self, matrix: Tensor) -> Tensor:
         """Nesterov momentum: the running average of the gradients, blended with the latest."""
-        if "average" not in self.state[matrix]:
-            self.state[matrix]["average"] = torch.zeros_like(matrix)
-        average = self.state[matrix]["average"].lerp_(matrix.grad, 1 - self.MOMENTUM)
+        state = self.state[matrix]
+        if "average" not in state:
+            state["average"] = torch.zeros_like(matrix)
+        average = state["average"].lerp_(matrix.grad, 1 - self.MOMENTUM)
         return matrix.grad.lerp(average, self.MOMENTUM)
 
 
@@ -582,17 +592,16 @@ def load_optimizers(optimizers: list[torch.optim.Optimizer], states, path: Path)
     names = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"average"}}
     try:
         for optimizer, state in zip(optimizers, states, strict=True):
-            own = optimizer.state_dict()
-            ids = [i for group in own["param_groups"] for i in group["params"]]
+            groups = optimizer.state_dict()["param_groups"]
             parameters = [one for group in optimizer.param_groups for one in group["params"]]
-            fits = state.keys() == set(ids) and all(
-                state[i].keys() == names[type(optimizer)]
-                and all(tensor.shape == (() if name == "step" else parameter.shape)
-                        for name, tensor in state[i].items())
-                for i, parameter in zip(ids, parameters))
-            if not fits:
+            expected = {i: {name: () if name == "step" else parameter.shape
+                            for name in names[type(optimizer)]}
+                        for i, parameter in enumerate(parameters)}
+            found = {i: {name: tensor.shape for name, tensor in of_parameter.items()}
+                     for i, of_parameter in state.items()}
+            if found != expected:
                 raise ValueError
-            optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (ValueError, TypeError, AttributeError):
         raise BadInput(f"{path} cannot be resumed: the state of its optimizers is missing or does "
                        "not fit the model") from None
@@ -611,7 +620,8 @@ def open_run(kind: str, name: str, settings: argparse.Namespace, machine: Machin
              settings.limit and f"{settings.limit}-images", labels and f"{labels}-labels"]
     out = settings.out or Path("runs", "-".join(filter(None, parts)))
     resume = f"python {data.PROGRAMS[kind]} --out {shlex.quote(str(out))} --resume"
-    with data.locked(out) if machine.main else contextlib.nullcontext() as check_still_there:
+    lock = data.locked(out) if machine.main else contextlib.nullcontext()
+    with lock as check_still_there:
         if machine.main:
             files = [out / file for file in ("log.csv", "checkpoint.pt", "weights.pt")]
             if not settings.resume and any(file.exists() for file in files):
@@ -695,7 +705,7 @@ class Run:
             half = {name: value.half() for name, value in checkpoint["model"].items()}
             data.save_checkpoint(self.out / "weights.pt", dict(checkpoint, model=half))
         if last or epoch % settings.checkpoint_every == 0:
-            # It is written last: a run that is killed earlier does the epoch again.
+            # checkpoint.pt is written last: a run that is killed earlier does the epoch again.
             states = [optimizer.state_dict()["state"] for optimizer in optimizers]
             data.save_checkpoint(self.out / "checkpoint.pt",
                                  dict(checkpoint, optimizers=states, **more))
@@ -713,12 +723,15 @@ def kept(settings: argparse.Namespace, kind: str) -> dict:
 
 def write_config(out: Path, kind: str, settings: argparse.Namespace, machine: Machine) -> None:
     """config.json: everything needed to repeat the run."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
-                         capture_output=True, text=True) if shutil.which("git") else None
+    commit = None
+    if shutil.which("git"):
+        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     processor = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
     if machine.device.type == "cuda":
         processor = torch.cuda.get_device_name()
-    path, command = out / "config.json", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    path = out / "config.json"
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     if settings.resume:                                     # the command that started the run
         command = json.loads(path.read_text()).get("command", command)
     config = {
@@ -728,7 +741,7 @@ def write_config(out: Path, kind: str, settings: argparse.Namespace, machine: Ma
                     "processes": machine.processes},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__, "pillow": PIL.__version__},
-        "commit": git.stdout.strip() or None if git else None,
+        "commit": commit,
     }
     data.write_file(path, (json.dumps(config, indent=2) + "\n").encode())
 
@@ -758,7 +771,7 @@ def peak_memory_mb(device: torch.device) -> int:
 def run_benchmark(learner: Learner, epoch_batches: Callable, settings: argparse.Namespace,
                   machine: Machine) -> None:
     """Print images/s, arithmetic and memory of whole training steps on real batches."""
-    flop = count_flop(learner, next(iter(epoch_batches(1))))
+    flop = count_flop(learner, next(epoch_batches(1)))
     settings.steps = 10 if machine.device.type == "cuda" else max(1, 256 // settings.batch_size)
     batches = itertools.chain.from_iterable(map(epoch_batches, itertools.repeat(1)))    # endless
     speeds, began, seconds = [], time.monotonic(), 0

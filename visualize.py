@@ -204,7 +204,7 @@ def reconstruct(model: mae.MAEViT, images: Tensor, noise: Tensor, raw: bool = Fa
     """Mask images and let the model fill them in, on the model's device.
 
     images uint8 (B, 3, H, W), noise (B, N) -> tiles uint8 (B, 3, 3, H, W): masked, reconstruction,
-    original; error (B,): the mean squared error of the masked patches' pixels, scaled to -1..1.
+    original; error (B,): the mean squared error over the masked patches, of pixels scaled to -1..1.
     Both are on the CPU. The visible patches are pasted back unless `raw`. mask_ratio: instead
     of the model's own. Raises BadInput if it leaves no patch visible or none masked.
     """
@@ -341,7 +341,7 @@ def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title
     """Axes and curves in the box (left, top, right, bottom).
 
     lines: (xs (n,), ys (n,), color, width), ys NaN for a gap, and log10 of the values if `log`;
-    labels: (x, y, text, whether to the right of the point and below it, or to the left and above).
+    labels: (x, y, text, whether below the point, to the right, or above it, to the left).
     """
     left, top, right, bottom = box[0] + 96, box[1] + 44, box[2] - 16, box[3] - 80
     sheet.text(left, box[1] + 32, title, anchor="ls", fit=right - left)
@@ -374,9 +374,9 @@ def draw_panel(sheet: Sheet, box: tuple[int, int, int, int], title: str, x_title
         for part in np.split(finite, np.flatnonzero(np.diff(finite) > 1) + 1):
             if len(part):
                 sheet.line([place(xs[i], ys[i]) for i in part], color, width)
-    for x, y, text, is_right in labels:
+    for x, y, text, below in labels:
         x, y = place(x, y)
-        if is_right:
+        if below:
             sheet.text(x + 14, y + 6, text, GREY, fit=right - x - 14, size=20)
         else:
             sheet.text(x - 14, y - 6, text, GREY, "rs", fit=x - 14 - left, size=20)
@@ -431,10 +431,14 @@ def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False
         title, train, test = METRICS[name]
         logarithmic, lines = log and name != "accuracy", []
         for rows, xs, color in zip(runs.values(), every_x, COLORS):
-            for column in (train, test) if train in rows[0] else ():
+            if train not in rows[0]:                        # its test loss is of another kind
+                continue
+            for column in (train, test):
                 if column in rows[0]:
                     ys = np.array([row[column] for row in rows], dtype=float)
-                    ys[~(abs(ys) < LARGEST) | (logarithmic & ~(ys > SMALLEST))] = math.nan
+                    ys[~(abs(ys) < LARGEST)] = math.nan
+                    if logarithmic:
+                        ys[~(ys > SMALLEST)] = math.nan
                     thick = THIN if test and column == train else THICK
                     lines.append((xs, np.log10(ys) if logarithmic else ys, color, thick))
         left, top = MARGIN + i % across * width, sheet.top + legend_height + i // across * height
@@ -454,9 +458,10 @@ def draw_compute(families: dict[str, list[tuple]], caption: str) -> Image.Image:
         xs, ys, names = zip(*points)
         places, first, which = np.unique(xs, return_index=True, return_inverse=True)
         means = np.bincount(which, ys) / np.bincount(which)
-        lines += [(places, means, color, THIN), *((np.array([x]), np.array([y]), color, THICK)
-                                                  for x, y in zip(xs, ys))]
-        labels += [(x, y, names[j], i == 0) for x, y, j in zip(places, means, first)]
+        lines.append((places, means, color, THIN))
+        lines += [(np.array([x]), np.array([y]), color, THICK) for x, y in zip(xs, ys)]     # dots
+        below = i == 0                                      # names of the first family
+        labels += [(x, y, names[j], below) for x, y, j in zip(places, means, first)]
     sheet, legend_height = draw_legend(list(families), height, "Accuracy against compute", caption)
     top = sheet.top + legend_height
     draw_panel(sheet, (MARGIN, top, WIDTH - MARGIN, top + height),
@@ -478,8 +483,8 @@ def draw_attention(model: nn.Module, images: Tensor, caption: str, labels: list[
     """Where a token looks in whole images, head by head (ViT, section 4.5).
 
     images uint8 (B, 3, H, W); patch: (row, column) of the query, or None for the class token;
-    block: its index. Each map is scaled by its own largest weight; the weight on the class token
-    is left out.
+    block: its index, from 0. Each map is scaled by its own largest weight; the weight on the class
+    token is left out.
     """
     encoder = encoder_of(model)
     p, side = encoder.patch_size, encoder.image_size // encoder.patch_size
@@ -612,7 +617,8 @@ def draw_architecture(model: mae.MAEViT, image: Tensor, noise: Tensor, caption: 
     class_row = torch.full((math.isqrt(N), 3, p, p), 255, dtype=torch.uint8)
     class_row[0] = ORANGE                                   # the class token on a row of its own
     all_tokens = torch.cat([class_row, torch.where(hidden, SLATE, original)])
-    errors = torch.stack([model.loss(patches, pred, one) for one in torch.eye(N)[:, None]])  # (N,)
+    every_patch = torch.eye(N)[:, None]                     # (N, 1, N): masks of one patch each
+    errors = torch.stack([model.loss(patches, pred, one) for one in every_patch])       # (N,)
     colors = heat((errors / errors[mask[0].bool()].max())[:, None, None])   # (N, 3, 1, 1)
     predicted = mae.denormalize_patches(pred, patches) if model.norm_pix_loss else pred
     stages = [
@@ -835,7 +841,8 @@ def run_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
         caption += f" · {conditions(settings['mask_ratio'], norm_pix_loss)}"
     if args.out.suffix == ".png":
         return draw_timeline(epochs, caption, args.count)
-    shown = list(epochs)[::-math.ceil(len(epochs) / 60)][::-1]      # the last is one of them
+    every = math.ceil(len(epochs) / 60)                     # at most 60 frames
+    shown = list(epochs)[(len(epochs) - 1) % every::every]  # the last is one of them
     return [draw_triples(epochs[epoch][:args.count], title_of_epoch(epoch), caption)
             for epoch in shown]
 
@@ -948,7 +955,7 @@ def make_parser() -> data.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["reconstruct", *argv]
     args = make_parser().parse_args(argv)
     kinds = (".png", ".gif") if args.run is run_timeline else (".png",)
@@ -957,7 +964,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.out.resolve() in [file.resolve() for file in getattr(args, "images", [])]:
         raise BadInput(f"--out {args.out} is one of the pictures to read: name another file")
     drawn = args.run(args)
-    (save_animation if isinstance(drawn, list) else save_png)(drawn, args.out)
+    save = save_animation if isinstance(drawn, list) else save_png
+    save(drawn, args.out)
     print(f"wrote {args.out}")
 
 

@@ -13,7 +13,7 @@
 #
 # By the arithmetic `lunch` takes ten to eleven hours on two cores of a Zen 5, `afternoon` five, and `gpu` a quarter
 # of an hour on an H200. Without bfloat16 in hardware `lunch` and `afternoon` compute in float32, five times as long.
-# It may be stopped at any time: called again, it skips what is done and resumes what was stopped.
+# A command may be stopped at any time: called again, it skips the runs that are done and resumes the other one.
 # To try it at a tiny size, put this in front of a command that trains:
 #
 #     RUNS=/tmp/try LABELS=2 EPOCHS=1 FLAGS="--limit 64 --epochs 1 --batch-size 32 --dim 48 --depth 1 --heads 3 --no-compile"
@@ -151,7 +151,7 @@ collect() {     # collect [NAME ...]
     python - "$runs" "${RESULTS:-results}" "$@" <<'PYTHON'
 import csv, json, os, pathlib, re, shutil, sys
 import torch
-import data, finetune, pretrain
+import data, finetune, pretrain, visualize
 
 def count_pflop(kind, settings, images, **_):           # of a run's training, without its tests
     if settings.get("mode") == "linear":
@@ -164,14 +164,13 @@ def count_pflop(kind, settings, images, **_):           # of a run's training, w
     if labels:
         count = labels * data.SOURCES[settings["dataset"]].num_classes
     steps = max(1, count * settings.get("repeat", 1) // settings["batch_size"])
-    if kind == "pretrain":
-        learner, batches = pretrain.Learner(model, pretrain.masked_loss, []), [[image, *noise]]
-    else:
-        learner, batches = pretrain.Learner(model, finetune.classify, []), [
-            [image, label, *noise], [image, label]]     # of the first epochs, of the last ones
-    flop = [pretrain.count_flop(learner, batch) for batch in batches]
-    last = min(settings.get("whole_epochs", 0), settings["epochs"])
-    flop = flop[0] * (settings["epochs"] - last) + flop[-1] * last
+    objective = pretrain.masked_loss if kind == "pretrain" else finetune.classify
+    learner = pretrain.Learner(model, objective, [])
+    inputs = [image] if kind == "pretrain" else [image, label]
+    whole = min(settings.get("whole_epochs", 0), settings["epochs"])    # epochs without noise, at the end
+    flop = pretrain.count_flop(learner, [*inputs, *noise]) * (settings["epochs"] - whole)
+    if whole:
+        flop += pretrain.count_flop(learner, inputs) * whole
     return f"{flop * steps * settings['batch_size'] / 1e15:.3g}"
 
 runs, results = map(pathlib.Path, sys.argv[1:3])
@@ -193,13 +192,13 @@ for out in sorted(path.parent for path in runs.glob("*/weights.pt")):
         continue
     with open(out / "log.csv") as file:
         log = list(csv.DictReader(file))
-    minutes = sum(float(row["seconds"]) for row in log) / 60
+    minutes, init = sum(float(row["seconds"]) for row in log) / 60, settings.get("init")
     rows[out.name] = dict(zip(columns, (
-        out.name, config["command"], os.path.basename(settings.get("init") or ""),
+        out.name, config["command"], visualize.run_label(pathlib.Path(init), {}) if init else "",
         log[-1]["epoch"], log[-1]["test_loss"], log[-1].get("test_accuracy", ""),
         count_pflop(**data.load_checkpoint(out / "weights.pt")), f"{minutes:.1f}",
         machine["processor"], machine["threads"], settings["precision"],
-        config["versions"]["torch"].split("+")[0], config["commit"]), strict=True))
+        config["versions"]["torch"].split("+")[0], config["commit"] or ""), strict=True))
     shutil.copy(out / "log.csv", results / "logs" / f"{out.name}.csv")
 with open(results / "runs.csv", "w", newline="") as file:
     writer = csv.DictWriter(file, columns, lineterminator="\n")
