@@ -548,7 +548,7 @@ def test_settings_are_chosen_on_images_held_out_and_evaluated_on_the_test_images
 
 def test_help_shows_the_default_of_a_number_even_if_it_is_0():
     text = " ".join(succeed(finetune, "--help").split())
-    for shown in ("passes over the training images (default: 4)", "labels-per-class (default: 0)"):
+    for shown in ("passes over the training images (default: 4)", "labelled images (default: 0)"):
         assert shown in text
     assert "default: None" not in text and "default: False" not in text
 

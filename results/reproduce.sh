@@ -11,7 +11,7 @@
 #                                          from all runs in runs/; weights/ of those that are named
 #     bash results/reproduce.sh pictures   assets/, from these and from runs/pretrain-pixels
 #
-# By the arithmetic `lunch` takes ten to eleven hours on two cores of a Zen 5, `afternoon` five, and `gpu` a quarter
+# By the arithmetic `lunch` takes eleven to twelve hours on two cores of a Zen 5, `afternoon` five, and `gpu` a quarter
 # of an hour on an H200. Without bfloat16 in hardware `lunch` and `afternoon` compute in float32, five times as long.
 # A command may be stopped at any time: called again, it skips the runs that are done and resumes the other one.
 # To try it at a tiny size, put this in front of a command that trains:
@@ -85,7 +85,10 @@ lunch() {
     run finetune.py scratch-lunch-40-mix $scratch $crop --mix
     run finetune.py scratch-lunch-40 $scratch --epochs 40
     run finetune.py scratch-lunch-69-mix $scratch --augment crop --epochs 69 --mix
-    run finetune.py scratch-lunch-69-mix-1 $scratch --augment crop --epochs 69 --mix --seed 1
+    for seed in 1 2; do
+        run finetune.py scratch-lunch-69-mix-$seed $scratch --augment crop --epochs 69 --mix \
+            --seed $seed
+    done
     run finetune.py scratch-lunch-69 $scratch --epochs 69
     run finetune.py scratch-lunch-69-color-mix $scratch --epochs 69 --mix
     # few labels: three draws of labels; each image shown 20 times, or 100 if there are very few
@@ -142,9 +145,9 @@ pictures() {
     python visualize.py curves results/logs/scratch-lunch-69-mix.csv results/logs/finetune-lunch.csv \
         --metric cross-entropy --metric accuracy --out assets/curves.png
     python visualize.py compute results/runs.csv scratch scratch-lunch-10 scratch-lunch-20 \
-        scratch-lunch-40 scratch-lunch-69-mix scratch-lunch-69-mix-1 finetune-bf16 \
-        finetune-bf16-1 finetune-bf16-2 finetune-20-20 finetune-lunch finetune-lunch-1 \
-        finetune-lunch-2 --out assets/compute.png
+        scratch-lunch-40 scratch-lunch-69-mix scratch-lunch-69-mix-1 scratch-lunch-69-mix-2 \
+        finetune-bf16 finetune-bf16-1 finetune-bf16-2 finetune-20-20 finetune-lunch \
+        finetune-lunch-1 finetune-lunch-2 --out assets/compute.png
 }
 
 collect() {     # collect [NAME ...]
