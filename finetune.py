@@ -19,6 +19,7 @@ if __name__ == "__main__":      # Ctrl-C ends the program at once: a run can be 
 
 import argparse
 import dataclasses
+import os
 import sys
 
 import torch
@@ -264,11 +265,13 @@ def evaluate_classifier(argv: list[str]) -> None:
     parser.add_argument("--evaluate", metavar="CHECKPOINT", required=True)
     parser.add_flags({name: data.FLAGS["classifier"][name] for name in (
         "dataset", "data_dir", "device", "precision")})
-    parser.set_defaults(dataset=None, precision="fp32")
+    parser.set_defaults(dataset=None, data_dir=None, precision="fp32")
     given = vars(parser.parse_args(argv))
     model, checkpoint = data.load_model(given["evaluate"], "classifier")
     saved = checkpoint["settings"]
     given["dataset"] = given["dataset"] or saved["dataset"]
+    if not given["data_dir"]:                               # the weights may be from elsewhere
+        given["data_dir"] = saved["data_dir"] if os.path.isdir(saved["data_dir"]) else "data"
     all_images = dict(limit=None, validation=0, labels_per_class=None)
     settings = argparse.Namespace(**saved | all_images | given | dict(compile=False))
     with on_machine(settings) as machine:

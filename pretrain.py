@@ -613,8 +613,8 @@ def load_optimizers(optimizers: list[torch.optim.Optimizer], states, path: Path)
 @contextlib.contextmanager
 def open_run(kind: str, name: str, settings: argparse.Namespace, machine: Machine):
     """Yield the `Run` in --out, or in runs/ under a name that begins with `name`. No other program
-    can write to it until the end. Raises BadInput if another program does, or if the folder holds a
-    run that is not to be resumed."""
+    can write to it until the end. Raises BadInput if another program does, or if the folder holds
+    other files or a run that is not to be resumed."""
     labels = vars(settings).get("labels_per_class")
     parts = [name, settings.validation and "validation", settings.dataset, settings.recipe,
              settings.limit and f"{settings.limit}-images", labels and f"{labels}-labels"]
@@ -623,10 +623,11 @@ def open_run(kind: str, name: str, settings: argparse.Namespace, machine: Machin
     lock = data.locked(out) if machine.main else contextlib.nullcontext()
     with lock as check_still_there:
         if machine.main:
-            files = [out / file for file in ("log.csv", "checkpoint.pt", "weights.pt")]
-            if not settings.resume and any(file.exists() for file in files):
-                raise BadInput(f"{out} already holds a run: to continue it, {resume}; to start "
-                               "another one, delete it or name another folder with --out")
+            found = {path.name for path in out.glob("[!.]*")}
+            before_first_epoch = {"config.json", "reconstructions"}
+            if not settings.resume and found - before_first_epoch:
+                raise BadInput(f"{out} already holds a run or other files: to continue a run, "
+                               f"{resume}; to start another one, name another folder with --out")
             print(f"run        {out}; if it is stopped: {resume}", flush=True)
         run = Run(out, kind, settings, machine, check_still_there)
         yield run

@@ -522,10 +522,21 @@ def test_evaluate_prints_the_last_row_of_the_log_whether_the_machine_has_bfloat1
     last = read_log(tmp_path / "run")[-1]
     assert float(last["test_accuracy"]) > 30                # chance is 10: it has learned colours
     monkeypatch.setattr(pretrain, "multiplies_bf16", lambda device: True)
-    out = succeed(finetune, "--evaluate", tmp_path / "run", "--data-dir", data_dir)
+    monkeypatch.chdir(tmp_path)                             # the run knows where its data set is
+    out = succeed(finetune, "--evaluate", tmp_path / "run")
     assert out.endswith(f"test accuracy {float(last['test_accuracy']):.2f} %\n")
     loss = float(re.search("loss ([0-9.]+)", out)[1])       # of 4 decimals
     assert loss == pytest.approx(float(last["test_loss"]), abs=0.6e-4)
+
+
+def test_a_classifier_from_another_machine_is_evaluated_on_the_data_set_here(
+        runs, data_dir, tmp_path, monkeypatch):
+    checkpoint = data.load_checkpoint(runs["scratch"])
+    checkpoint["settings"]["data_dir"] = str(tmp_path / "there")
+    data.save_checkpoint(tmp_path / "weights.pt", checkpoint)
+    os.symlink(data_dir, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert "cifar10, 40 test images" in succeed(finetune, "--evaluate", "weights.pt")
 
 
 def test_other_data_sets_can_be_learned_and_tested_on(flags, runs, data_dir, tmp_path):
@@ -1150,6 +1161,7 @@ BAD_INPUT = [
     (pretrain, "--benchmark --out {empty}/x", "--benchmark leaves no run"),
     (pretrain, "--out {empty}/file/run", "file/run: Not a directory"),
     (pretrain, "--out {runs}/finetune", "{runs}/finetune already holds a run"),
+    (pretrain, "--out {empty}", "{empty} already holds a run or other files"),
     (pretrain, "--resume", "--resume needs --out RUN"),
     (pretrain, "--resume --out {empty}", "{empty} has no config.json with the settings of a run"),
     (pretrain, "--resume --out {runs}/finetune", "settings of a run of pretrain.py"),

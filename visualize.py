@@ -930,8 +930,8 @@ IMAGES = ("images", "--checkpoint", "--indices", "--count", "--dataset", "--data
 
 
 def make_parser() -> data.Parser:
-    parser = data.Parser(description="Draw a picture; without a subcommand: reconstruct. "
-                         "SUBCOMMAND --help explains its flags.")
+    parser = data.Parser(description="Draw a picture; without arguments or with flags alone: "
+                         "reconstruct. SUBCOMMAND --help explains its flags.")
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
 
     def add(run, *flags: str, **defaults) -> None:
