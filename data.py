@@ -496,9 +496,8 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
     Keys: kind ("pretrain" or "classifier"), settings (a value for each of FLAGS[kind]), epoch
     (epochs done), log (a dict per epoch), images (how many for training, before --labels-per-class,
     and for testing), model (state dict) and, except in weights.pt, optimizers (the state of each)
-    and, of a linear probe, probe.
-    Raises BadInput if the file is not what the programs write, or of another kind or version;
-    OSError if it cannot be read.
+    and, of a linear probe, probe. Raises BadInput if the file is not what the programs write, or of
+    another kind or version; OSError if it cannot be read.
     """
     path = Path(path)
     if path.is_dir():
@@ -751,7 +750,7 @@ def exit_on_bad_input():
         problem = "out of memory: use smaller sizes or batches, see --help"
     else:
         return
-    sys.stderr.write(f"error: {' '.join(problem.split())}\n")   # one write: processes do not mix
+    sys.stderr.write(f"error: {' '.join(problem.split())}\n")   # one write: lines do not mix
     sys.exit(2)
 
 

@@ -272,8 +272,8 @@ def evaluate_classifier(argv: list[str]) -> None:
     given["dataset"] = given["dataset"] or saved["dataset"]
     if not given["data_dir"]:                               # the weights may be from elsewhere
         given["data_dir"] = saved["data_dir"] if os.path.isdir(saved["data_dir"]) else "data"
-    all_images = dict(limit=None, validation=0, labels_per_class=None)
-    settings = argparse.Namespace(**saved | all_images | given | dict(compile=False))
+    settings = argparse.Namespace(**saved | given | dict(
+        limit=None, validation=0, labels_per_class=None, compile=False))
     with on_machine(settings) as machine:
         dataset = load_data(settings, machine)
         if len(dataset.classes) != model.head.out_features:

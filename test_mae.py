@@ -3,7 +3,7 @@
 In this order: the model, the data, the programs, interruption, several processes, bad input,
 pictures, the README, the results. Programs run through their command lines, `run(program,
 *flags)`, on small models and files made here. No test needs the network. One uses the real
-CIFAR-10, if it is in data/. They need Linux.
+CIFAR-10, if it is in data/. All need Linux.
 """
 import argparse
 import collections

@@ -431,7 +431,7 @@ def draw_curves(runs: dict[str, list[dict]], x: str = "epoch", log: bool = False
         title, train, test = METRICS[name]
         logarithmic, lines = log and name != "accuracy", []
         for rows, xs, color in zip(runs.values(), every_x, COLORS):
-            if train not in rows[0]:                        # its test loss is of another kind
+            if train not in rows[0]:                        # its test_loss is another metric's
                 continue
             for column in (train, test):
                 if column in rows[0]:

@@ -195,7 +195,8 @@ for out in sorted(path.parent for path in runs.glob("*/weights.pt")):
         continue
     with open(out / "log.csv") as file:
         log = list(csv.DictReader(file))
-    minutes, init = sum(float(row["seconds"]) for row in log) / 60, settings.get("init")
+    minutes = sum(float(row["seconds"]) for row in log) / 60
+    init = settings.get("init")                         # the run that it starts from, if any
     rows[out.name] = dict(zip(columns, (
         out.name, config["command"], visualize.run_label(pathlib.Path(init), {}) if init else "",
         log[-1]["epoch"], log[-1]["test_loss"], log[-1].get("test_accuracy", ""),
