@@ -3,7 +3,7 @@
 #
 #     bash results/reproduce.sh lunch      the recipe `lunch`, as much training from scratch, few labels
 #     bash results/reproduce.sh afternoon  the best accuracy: a wider network for longer
-#     bash results/reproduce.sh gpu        a larger network
+#     bash results/reproduce.sh gpu        a wider and a larger network
 #     bash results/reproduce.sh laptop     all other runs in the table
 #     bash results/reproduce.sh full       the recipes `full` and `strong`, not run yet (EPOCHS=200: sooner)
 #     bash results/reproduce.sh collect [NAME ...]
@@ -11,8 +11,8 @@
 #                                          from all runs in runs/; weights/ of those that are named
 #     bash results/reproduce.sh pictures   assets/, from these and from runs/pretrain-pixels
 #
-# By the arithmetic `lunch` takes eleven to twelve hours on two cores of a Zen 5, `afternoon` five, and `gpu` a quarter
-# of an hour on an H200. Without bfloat16 in hardware `lunch` and `afternoon` compute in float32, five times as long.
+# By the arithmetic `lunch` takes eleven to twelve hours on two cores of a Zen 5, `afternoon` five, and `gpu` half an
+# hour on an H200. Without bfloat16 in hardware `lunch` and `afternoon` compute in float32, five times as long.
 # A command may be stopped at any time: called again, it skips the runs that are done and resumes the other one.
 # To try it at a tiny size, put this in front of a command that trains:
 #
@@ -116,6 +116,9 @@ afternoon() {
 
 gpu() {
     local flags="--recipe lunch --dataset cifar10" sizes="--dim 384 --depth 12 --heads 12"
+    run pretrain.py gpu-wide-pretrain $flags --dim 192 --heads 12 --epochs 100 --batch-size 256 \
+        --base-lr 5e-3
+    use gpu-wide-pretrain gpu-wide-finetune $flags --epochs 48 --batch-size 256 --base-lr 1e-2
     run pretrain.py gpu-pretrain $flags $sizes --decoder-dim 128 --decoder-depth 2 --epochs 50 \
         --batch-size 512 --base-lr 2.5e-3 --picture-every 20 --checkpoint-every 50
     use gpu-pretrain gpu-linear $flags --mode linear
