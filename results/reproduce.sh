@@ -11,8 +11,8 @@
 #                                          from all runs in runs/; weights/ of those that are named
 #     bash results/reproduce.sh pictures   assets/, from these and from runs/pretrain-pixels
 #
-# By the arithmetic `lunch` takes eleven to twelve hours on two cores of a Zen 5, `afternoon` five, and `gpu` half an
-# hour on an H200. Without bfloat16 in hardware `lunch` and `afternoon` compute in float32, five times as long.
+# By the arithmetic `lunch` takes eleven to twelve hours on two cores of a Zen 5, `afternoon` five; `gpu` took half an
+# hour of an H100 and an H200. Without bfloat16 in hardware `lunch` and `afternoon` compute in float32, five times as long.
 # A command may be stopped at any time: called again, it skips the runs that are done and resumes the other one.
 # To try it at a tiny size, put this in front of a command that trains:
 #
@@ -117,8 +117,9 @@ afternoon() {
 gpu() {
     local flags="--recipe lunch --dataset cifar10" sizes="--dim 384 --depth 12 --heads 12"
     run pretrain.py gpu-wide-pretrain $flags --dim 192 --heads 12 --epochs 100 --batch-size 256 \
-        --base-lr 5e-3
-    use gpu-wide-pretrain gpu-wide-finetune $flags --epochs 48 --batch-size 256 --base-lr 1e-2
+        --base-lr 5e-3 --picture-every 25 --checkpoint-every 5
+    use gpu-wide-pretrain gpu-wide-finetune $flags --epochs 48 --batch-size 256 --base-lr 1e-2 \
+        --checkpoint-every 5
     run pretrain.py gpu-pretrain $flags $sizes --decoder-dim 128 --decoder-depth 2 --epochs 50 \
         --batch-size 512 --base-lr 2.5e-3 --picture-every 20 --checkpoint-every 50
     use gpu-pretrain gpu-linear $flags --mode linear
