@@ -11,7 +11,7 @@
 #                                          from all runs in runs/; weights/ of those that are named
 #     bash results/reproduce.sh pictures   assets/, from these and from runs/pretrain-pixels
 #
-# By the arithmetic `lunch` takes eleven to twelve hours on two cores of a Zen 5, `afternoon` five; `gpu` took half an
+# By the arithmetic `lunch` takes twelve to thirteen hours on two cores of a Zen 5, `afternoon` five; `gpu` took half an
 # hour of an H100 and an H200. Without bfloat16 in hardware `lunch` and `afternoon` compute in float32, five times as long.
 # A command may be stopped at any time: called again, it skips the runs that are done and resumes the other one.
 # To try it at a tiny size, put this in front of a command that trains:
@@ -77,6 +77,8 @@ lunch() {
         use pretrain-lunch-$seed finetune-lunch-$seed $flags --compile --seed $seed
         use pretrain-lunch-$seed finetune-lunch-crop-$seed $flags --compile --seed $seed $crop
     done
+    run pretrain.py pretrain-lunch-3 $flags --compile --seed 3
+    use pretrain-lunch-3 finetune-lunch-3 $flags --compile --seed 3
     # from scratch, with the layer decay and the rate that are best there
     local scratch="$flags --compile --layer-decay 1.0 --base-lr 1.75e-3"
     run finetune.py scratch-lunch-10 $scratch --augment crop --epochs 10 --whole-epochs 1
@@ -151,7 +153,7 @@ pictures() {
     python visualize.py compute results/runs.csv scratch scratch-lunch-10 scratch-lunch-20 \
         scratch-lunch-40 scratch-lunch-69-mix scratch-lunch-69-mix-1 scratch-lunch-69-mix-2 \
         finetune-bf16 finetune-bf16-1 finetune-bf16-2 finetune-20-20 finetune-lunch \
-        finetune-lunch-1 finetune-lunch-2 --out assets/compute.png
+        finetune-lunch-1 finetune-lunch-2 finetune-lunch-3 --out assets/compute.png
 }
 
 collect() {     # collect [NAME ...]
