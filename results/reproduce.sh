@@ -11,9 +11,10 @@
 #                                          from all runs in runs/; weights/ of those that are named
 #     bash results/reproduce.sh pictures   assets/, from these and from runs/pretrain-pixels
 #
-# By the arithmetic `lunch` takes twelve to thirteen hours on two cores of a Zen 5, `afternoon` five; `gpu` took half an
-# hour of an H100 and an H200. Without bfloat16 in hardware `lunch` and `afternoon` compute in float32, five times as long.
-# A command may be stopped at any time: called again, it skips the runs that are done and resumes the other one.
+# By the arithmetic `lunch` takes twelve to thirteen hours on two cores of a Zen 5, `afternoon` five; `gpu` took half
+# an hour of an H100 and an H200. Without bfloat16 in hardware `lunch` and `afternoon` compute in float32, five times
+# as long. A command may be stopped at any time: called again, it skips the runs that are done and resumes the other
+# one.
 # To try it at a tiny size, put this in front of a command that trains:
 #
 #     RUNS=/tmp/try LABELS=2 EPOCHS=1 FLAGS="--limit 64 --epochs 1 --batch-size 32 --dim 48 --depth 1 --heads 3 --no-compile"
