@@ -13,6 +13,12 @@ them from top to bottom:
     K  visible patches              T   tokens in a sequence
     p  side of a patch in pixels    h   attention heads
 
+Names of the authors' code (github.com/facebookresearch/mae) and what they are called here:
+    random_masking  PatchShuffle        decoder_embed           Decoder.embed
+    ids_restore     restore             decoder_blocks          Decoder.blocks
+    ids_keep        shuffle[:, :K]      decoder_pred            Decoder.head
+    forward_loss    MAEViT.loss         get_2d_sincos_pos_embed sine_cosine
+
 Sources:
     MAE   He et al. 2021, Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377
     ViT   Dosovitskiy et al. 2020, An Image Is Worth 16x16 Words, arXiv 2010.11929
@@ -44,7 +50,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     if H % p or W % p:
         raise ValueError(f"patch size {p} does not divide an image of {H} x {W} pixels")
     grid = images.reshape(B, C, H // p, p, W // p, p)       # (B, C, rows, y, columns, x)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // p) * (W // p), C * p * p)
 
 
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
@@ -159,8 +165,8 @@ class Attention(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         B, T, D = tokens.shape
         q, k, v = self.split_heads(tokens)                  # each (B, h, T, D/h)
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-            mixed = self.weights(q, k) @ v                  # faster than the fused kernel here
+        if q.device.type == "cpu":                          # faster there if T is small
+            mixed = self.weights(q, k) @ v
         else:                                               # the same, without (T, T) in memory
             mixed = F.scaled_dot_product_attention(q, k, v)
         return self.proj(mixed.transpose(1, 2).reshape(B, T, D))    # mixed is (B, h, T, D/h)
@@ -279,7 +285,7 @@ class Encoder(nn.Module):
 
     def add_class_token(self, tokens: Tensor) -> Tensor:
         """(B, K, D) -> (B, 1 + K, D)."""
-        return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        return torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Embedded patches (B, K, D) -> latent (B, 1 + K, D), the class token first."""
@@ -387,14 +393,14 @@ class ViTClassifier(Encoder):
     VisionTransformer gives them.
 
     pool: the head reads the latent class token ("cls"), or the mean over the latent patches
-    ("mean"; MAE, appendix A.1). mask_ratio: if noise is given, as in training, this part of the
-    patches is left out (PatchDropout, Liu et al. 2022, arXiv 2208.07220), which costs less and
-    regularises; without noise the head sees whole images. Raises ValueError for an unknown pool, or
-    a mask ratio that leaves no patch.
+    ("mean"; MAE, appendix A.1). patch_dropout: if noise is given, as in training, this share of the
+    patches is left out (PatchDropout, Liu et al. 2022, arXiv 2208.07220). This is faster and
+    regularizes. Without noise the head sees whole images. Raises ValueError if the pool is unknown
+    or the dropout leaves no patch.
     """
 
     def __init__(self, encoder: Encoder, num_classes: int = 10, pool: str = "cls",
-                 mask_ratio: float = 0.0) -> None:
+                 patch_dropout: float = 0.0) -> None:
         super().__init__(encoder.image_size, encoder.patch_size, encoder.dim, encoder.depth,
                          encoder.heads)
         self.load_state_dict(encoder.state_dict())
@@ -404,9 +410,9 @@ class ViTClassifier(Encoder):
         self.head = nn.Linear(self.dim, num_classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
-        self.shuffle = PatchShuffle(mask_ratio) if mask_ratio else None
+        self.shuffle = PatchShuffle(patch_dropout) if patch_dropout else None
         if self.shuffle:
-            self.shuffle.count_visible(self.num_patches)    # raises if the ratio is impossible
+            self.shuffle.count_visible(self.num_patches)    # raises if no patch is left
 
     def features(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 3, H, W), noise (B, N) or None -> (B, D): what the head reads."""

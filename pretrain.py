@@ -4,16 +4,12 @@ Input: images without labels. Output: a run folder with the settings (config.jso
 epoch (log.csv), the state to resume from (checkpoint.pt), the final weights in half precision
 (weights.pt), reconstructions of the same test images as training goes on, and curves.
 
-Read from top to bottom: recipes, `main`, the story (`pretrain`), and then what the story calls, in
-this order:
+Read from top to bottom: settings and recipes, `main`, the story (`pretrain`), and then what the
+story calls, in this order:
 
-    batches       images, and what is hidden of them
-    settings      the command line, over a recipe or over the run that is resumed
-    machine       processes, device, precision, compilation; data set and model on it
-    training      one epoch: gradients, learning rate, evaluation
+    training      one loop, from batch to loss to step; learning rate, evaluation
     optimizers    AdamW and Muon
-    run folder    log, checkpoints, resuming
-    benchmark
+    plumbing      the run folder; data, model and threads; processes and device; the command line
 
 `finetune.py` uses these parts too. Several processes: `torchrun --nproc-per-node 8 pretrain.py`.
 
@@ -21,26 +17,24 @@ Sources:
     MAE   He et al. 2021, Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377
     Muon  Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
 """
+import os
 import signal
 
 if __name__ == "__main__":      # Ctrl-C ends the program at once: a run can be killed at any time
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+if "OMP_WAIT_POLICY" not in os.environ:     # threads that wait for each other spin only briefly:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # faster if other programs are busy, too
 
 import argparse
 import contextlib
 import ctypes
 import dataclasses
-import itertools
 import json
 import math
-import os
 import platform
 import shlex
-import shutil
-import statistics
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -51,98 +45,159 @@ import PIL
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import visualize
-from data import BadInput
+from data import COUNT, BadInput, number
 
-MODELS = {
-    "full": dict(patch_size=2, dim=192, depth=12, heads=3),     # ViT-Tiny
-    "laptop": dict(patch_size=4, dim=128, depth=6, heads=8),
-}
-RECIPES = {                     # warmup: part of the epochs in which the learning rate rises
+
+# ------------------------------------------------------------------------------ settings
+
+
+def flag(default, help: str, **options):
+    """A setting: its default, which is that of the recipe `laptop`, and its flag for argparse."""
+    if type(default) is bool:
+        options["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
+    elif type(default) is int:
+        options = dict(type=COUNT, metavar="N") | options   # at least 1
+    return dataclasses.field(default=default, metadata=dict(options, help=help))
+
+
+def absolute(text: str) -> str:
+    """A path that stays right if the run is resumed from another folder."""
+    return os.path.abspath(os.path.expanduser(text))
+
+
+SHARE = number(float, 0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is set for a run of pretrain.py or finetune.py. Each field is a flag."""
+    recipe: str = flag("laptop", "set of defaults", choices=["laptop", "lunch", "full"])
+    dataset: str = flag("auto", "auto: CIFAR-10 if it is there or can be downloaded, or else the "
+                        "drawn shapes", choices=["auto", *data.DATASETS])
+    data_dir: str = flag("data", "folder that holds the data", type=absolute)
+    image_size: int = flag(data.SIDE, "side in pixels to which pictures of a folder are resized")
+    limit: int | None = flag(None, "use only the first N training images and at most N test images",
+                             type=COUNT, metavar="N")
+    validation: int = flag(0, "test on the last N training images and train on the others, to "
+                           "choose settings", type=number(int, 0, 10**6))
+    epochs: int = flag(8, "passes over the training images")
+    warmup: float = flag(0.125, "share of the epochs in which the learning rate rises", type=SHARE)
+    batch_size: int = flag(64, "images per optimizer step, over all processes")
+    micro_batch_size: int | None = flag(
+        None, "images that a process computes at once; their gradients add up to that of the batch "
+        "(default: 512 on CUDA, else 128)", type=COUNT, metavar="N")
+    base_lr: float = flag(1e-2, "learning rate for a batch of 256; the one used is this x batch "
+                          "size / 256", type=number(float, 0, 1000))
+    optimizer: str = flag("muon", "muon: orthogonalized updates for the matrices in the blocks, "
+                          "AdamW for the rest", choices=["adamw", "muon"])
+    weight_decay: float = flag(0.05, "of weight matrices only", type=number(float, 0, 1000))
+    patch_size: int = flag(4, "side of a patch in pixels")
+    dim: int = flag(128, "width of the encoder")
+    depth: int = flag(6, "blocks of the encoder")
+    heads: int = flag(8, "attention heads of the encoder")
+    augment: str = flag("crop", "flip: half of the images are mirrored; crop: also shifted by up "
+                        "to 4 pixels; color: also color jitter (saturation, contrast, brightness)",
+                        choices=["none", "flip", "crop", "color"])
+    seed: int = flag(0, "of weights, order, augmentation, masks and the choice of labeled images",
+                     type=number(int, 0, 2**32 - 1))
+    device: str = flag("auto", "auto: cuda if it is there, or else mps, or else cpu",
+                       choices=["auto", "cpu", "cuda", "mps"])
+    precision: str = flag("auto", "bf16: matrix products in bfloat16; auto: bf16 if the hardware "
+                          "has such products", choices=["auto", "fp32", "bf16"])
+    compile: bool | None = flag(None, "compile the model with torch.compile (default: on CUDA)",
+                                action=argparse.BooleanOptionalAction)
+    threads: int | None = flag(None, "threads on a CPU (default: timed when the run begins)",
+                               type=number(int, 1, 1024), metavar="N")
+    checkpoint_every: int = flag(1, "epochs from checkpoint to checkpoint")
+    out: str | None = flag(None, "run folder (default: in runs/, named after the run)",
+                           type=os.path.expanduser)
+    command: str = ""           # that started the run; not a flag
+
+    @property
+    def start(self) -> str:
+        """With what weights training begins, in words."""
+        return "from scratch"
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainSettings(Settings):
+    mask_ratio: float = flag(0.75, "share of the patches that is hidden", type=SHARE)
+    norm_pix_loss: bool = flag(True, "predict each patch normalized by its own mean and standard "
+                               "deviation")
+    decoder_dim: int = flag(64, "width of the decoder")
+    decoder_depth: int = flag(1, "blocks of the decoder")
+    decoder_heads: int = flag(4, "attention heads of the decoder")
+    picture_every: int = flag(1, "epochs from picture to picture")
+
+
+VIT_TINY = dict(patch_size=2, dim=192, depth=12, heads=3)
+RECIPES = {                     # what differs from the defaults above
+    "laptop": dict(),
+    "lunch": dict(epochs=40, batch_size=128, base_lr=7e-3),
     "full": dict(
-        MODELS["full"], decoder_dim=192, decoder_depth=4, decoder_heads=3, mask_ratio=0.75,
-        norm_pix_loss=False, epochs=2000, warmup=0.1, batch_size=4096, base_lr=1.5e-4,
-        optimizer="adamw", weight_decay=0.05, augment="none", checkpoint_every=10,
-        picture_every=50),
-    "laptop": dict(
-        MODELS["laptop"], decoder_dim=64, decoder_depth=1, decoder_heads=4, mask_ratio=0.75,
-        norm_pix_loss=True, epochs=8, warmup=0.125, batch_size=64, base_lr=1e-2,
-        optimizer="muon", weight_decay=0.05, augment="crop", checkpoint_every=1, picture_every=1),
+        VIT_TINY, decoder_dim=192, decoder_depth=4, decoder_heads=3, norm_pix_loss=False,
+        epochs=2000, warmup=0.1, batch_size=4096, base_lr=1.5e-4, optimizer="adamw",
+        augment="none", checkpoint_every=10, picture_every=50),
 }
-RECIPES["lunch"] = RECIPES["laptop"] | dict(epochs=40, batch_size=128, base_lr=7e-3)
+MAY_CHANGE = {"data_dir", "device", "precision", "compile", "micro_batch_size", "threads",
+              "checkpoint_every", "picture_every"}          # when a run is resumed
 TEST_IMAGES = 1000              # the first ones, for the test loss
 PICTURED = 12                   # the first ones of these, for the reconstructions
-BENCHMARK_SECONDS = 15          # at least
+
+
+# ------------------------------------------------------------------------------ the story
 
 
 def main(argv: list[str] | None = None) -> None:
-    _, defaults = choose_defaults("pretrain", RECIPES, argv)
-    settings = parse_settings("pretrain", "Pre-train a masked autoencoder.", defaults, argv)
-    with on_machine(settings) as machine:
-        pretrain(settings, machine)
+    given = parse_flags(PretrainSettings, RECIPES, "Pre-train a masked autoencoder.", argv)
+    if "resume" in given:
+        settings, checkpoint = resumed_settings(PretrainSettings, "pretrain", given)
+    else:
+        recipe, out = RECIPES[given.get("recipe", "laptop")], run_folder("pretrain", given)
+        settings, checkpoint = PretrainSettings(**recipe | {"out": out} | given), None
+    machine, settings = join_machine(settings)
+    pretrain(settings, machine, checkpoint)
+    machine.leave()
 
 
-def pretrain(settings: argparse.Namespace, machine: "Machine") -> None:
+def pretrain(settings: PretrainSettings, machine: "Machine", checkpoint: dict | None) -> None:
     """Hide most of each training image, predict it, and keep a run folder while doing so (MAE,
-    section 3 and appendix A.1)."""
-    dataset = load_data(settings, machine)
+    section 3 and appendix A.1).
+
+    checkpoint: that of the run that is resumed, or None.
+    """
+    dataset, settings = load_data(settings, machine)
     model = make_model("pretrain", settings, machine)
     optimizers = make_optimizers(model, settings, betas=(0.9, 0.95))    # MAE, table 8
-    learner = Learner(machine.compiled(model, settings), masked_loss, optimizers)
 
-    def train_batches(epoch: int):
-        return mae_batches(dataset.train_images, model.encoder.num_patches, epoch, settings)
+    def make_batch(ids: Tensor, epoch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        images = data.augment(dataset.train_images[ids], settings.augment, generator)
+        noise = torch.rand(len(ids), model.encoder.num_patches, generator=generator,
+                           device=machine.device)           # (B, N)
+        return data.scale(images), noise                    # (B, 3, H, W) of -1..1, (B, N)
 
+    settings = choose_threads(settings, machine, model, masked_loss, make_batch)
+    run = Run("pretrain", settings, machine, dataset, optimizers, {"model": model})
+    run.begin(checkpoint)
     test_images = dataset.test_images[:TEST_IMAGES]
     test_noise = visualize.random_noise(test_images, model, seed=0).to(machine.device)
 
-    describe("pretrain", settings, machine, model, dataset)
-    if settings.benchmark:
-        return run_benchmark(learner, train_batches, settings, machine)
-    with open_run("pretrain", "pretrain", settings, machine) as run:
-        run.restore(optimizers, model=model)
-        caption = f"{dataset.title} {test_name(settings)} images · {run.out.resolve().name}"
+    def test(precise: bool) -> list[float]:
+        return evaluate(model, masked_loss, in_batches(test_images, test_noise), machine, precise)
 
-        def save_picture(epoch: int) -> None:
-            visualize.save_epoch(run.out / "reconstructions", epoch, model, test_images[:PICTURED],
-                                 test_noise[:PICTURED], caption)
+    def save_picture(epoch: int) -> None:
+        if epoch in (0, 1, settings.epochs) or epoch % settings.picture_every == 0:
+            with data.for_convenience():
+                visualize.save_epoch(run.out / "reconstructions", epoch, model,
+                                     test_images[:PICTURED], test_noise[:PICTURED],
+                                     f"{dataset.title} test images · {run.name}")
 
-        if machine.main and not run.log:
-            save_picture(0)                                 # before training
-        for epoch in run.epochs_left():
-            loss, speed = train_epoch(learner, train_batches(epoch), epoch, run.progress, settings,
-                                      machine)
-            if machine.main:
-                last = epoch == settings.epochs
-                test_loss = evaluate(model, masked_loss, in_batches(test_images, test_noise),
-                                     machine, exact=last)
-                run.check_still_there()                     # before its folder gets a picture
-                if last or epoch == 1 or epoch % settings.picture_every == 0:
-                    save_picture(epoch)
-                run.end_epoch([*loss, *test_loss], speed, model, optimizers)
-
-
-# ------------------------------------------------------------------------------ batches
-
-
-def mae_batches(images: Tensor, num_patches: int, epoch: int, settings: argparse.Namespace):
-    """The batches of an epoch: images (B, 3, H, W) of -1..1, noise (B, N)."""
-    generator = data.seeded_generator(images.device, settings.seed, epoch)
-    for ids in data.epoch_order(len(images), settings.batch_size, generator):
-        batch = data.augment(images[ids], settings.augment, generator)
-        noise = torch.rand(len(ids), num_patches, generator=generator, device=images.device)
-        yield data.scale(batch), noise
-
-
-def in_batches(images: Tensor, *others: Tensor):
-    """Images uint8 (n, 3, H, W) and what belongs to each, 250 at a time, the images scaled."""
-    for batch, *rest in zip(images.split(250), *(other.split(250) for other in others)):
-        yield data.scale(batch), *rest
+    train(run, machine.compiled(model, settings), masked_loss, len(dataset.train_images),
+          make_batch, test, save_picture)
 
 
 def masked_loss(model: nn.Module, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,78 +206,385 @@ def masked_loss(model: nn.Module, images: Tensor, noise: Tensor) -> tuple[Tensor
     return loss, loss.detach()[None]
 
 
-# ------------------------------------------------------------------------------ settings
-
-MAY_CHANGE = {"data_dir", "device", "precision", "compile", "micro_batch_size", "checkpoint_every",
-              "picture_every"}  # when a run is resumed: where and how it runs, not what it learns
+# ------------------------------------------------------------------------------ training
 
 
-def choose_defaults(kind: str, recipes: dict,
-                    argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
-    """Parse the flags that decide the defaults of the others. Returns them and these defaults: the
-    settings of the run that is resumed, or else those of a recipe. Raises BadInput."""
-    flags = data.FLAGS[kind] | data.RUN_FLAGS
-    parser = data.Parser(add_help=False)
-    parser.add_flags({name: flags[name] for name in ("recipe", "init", "mode", "out", "resume")
-                      if name in flags})
-    parser.set_defaults(recipe="full" if torch.cuda.is_available() else "laptop")
-    first, _ = parser.parse_known_args(argv)
-    if not first.resume:
-        return first, dict(recipes[first.recipe], recipe=first.recipe)
-    if not first.out:
-        raise BadInput("--resume needs --out RUN, the run to continue")
-    settings = data.read_settings(first.out)
-    if not data.are_settings(settings, kind):
-        raise BadInput(f"--resume: {first.out} has no config.json with the settings of a run of "
-                       f"{data.PROGRAMS[kind]}")
-    return first, settings
+def train(run: "Run", model: nn.Module, objective: Callable, count: int, make_batch: Callable,
+          test: Callable, after_epoch: Callable) -> None:
+    """The training loop, from the epoch after the last checkpoint to the end of the run.
 
-
-def parse_settings(kind: str, text: str, defaults: dict,
-                   argv: list[str] | None) -> argparse.Namespace:
-    """The settings: the command line, over `defaults`. Raises BadInput.
-
-    defaults: the values of a recipe or, with --resume, of the run, which they may not contradict.
+    objective(model, *batch) -> a loss and what to log, (S,). count: examples per epoch;
+    make_batch(ids, epoch, generator) -> the tensors (B, ...) of a batch, the same in all processes.
+    test(precise) -> figures of the test set. after_epoch(epoch) is called in the main process, for
+    epoch 0 before training. Raises BadInput if the loss is not finite.
     """
-    parser = data.Parser(description=text)
-    parser.add_flags(data.FLAGS[kind] | data.RUN_FLAGS)
-    parser.set_defaults(**defaults)
-    settings = parser.parse_args(argv)
-    if settings.benchmark and (settings.out or settings.resume):
-        raise BadInput("--benchmark leaves no run: leave out --out and --resume")
-    for name in ("data_dir", "init"):                       # the run may be resumed elsewhere
-        if vars(settings).get(name):
-            setattr(settings, name, os.path.abspath(getattr(settings, name)))
-    if settings.resume:
-        check_same_run(settings, defaults)
-    if settings.warmup_epochs is None:
-        settings.warmup_epochs = settings.warmup * settings.epochs
-    if settings.warmup_epochs > settings.epochs:
-        raise BadInput(f"--warmup-epochs {settings.warmup_epochs:g} is longer than --epochs "
-                       f"{settings.epochs}")
-    return settings
+    settings, machine = run.settings, run.machine
+    epochs, steps = settings.epochs, max(1, count // settings.batch_size)
+    progress = data.Progress((epochs - len(run.log)) * steps)
+    if machine.main and not run.log:
+        after_epoch(0)
+    for epoch in range(len(run.log) + 1, epochs + 1):
+        model.train()
+        generator = data.seeded_generator(machine.device, settings.seed, epoch)
+        began, logged = time.monotonic(), []
+        for step, ids in enumerate(data.epoch_order(count, settings.batch_size, generator)):
+            lr = learning_rate(settings, epoch - 1 + (step + 0.5) / steps)      # mid-step
+            for optimizer in run.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["lr_scale"]
+            batch = make_batch(ids, epoch, generator)
+            logged.append(add_gradient(model, objective, batch, settings, machine))
+            for optimizer in run.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            if progress.advance() and machine.main:         # only here the device is waited for
+                progress.show(f"epoch {epoch}/{epochs}  step {step + 1}/{steps}  "
+                              f"loss {logged[-1][0] * machine.processes:.4f}")
+        trained = machine.sum(torch.stack(logged)).mean(dim=0).tolist()     # waits for the device
+        speed = steps * settings.batch_size / (time.monotonic() - began)
+        tested = test(precise=epoch == epochs) if machine.main else []
+        if not all(map(math.isfinite, [*trained, *tested])):
+            raise BadInput(f"the loss is not finite in epoch {epoch}; the last checkpoint is kept: "
+                           "lower --base-lr or raise --warmup in a new run")
+        if machine.main:
+            after_epoch(epoch)
+            run.end_epoch([*trained, *tested], learning_rate(settings, epoch), speed,
+                          progress.time_left())
+    if machine.main:
+        run.finish()
 
 
-def check_same_run(settings: argparse.Namespace, own: dict) -> None:
-    """Raises BadInput if the settings would change what the resumed run learns, except that there
-    may be more epochs."""
-    own = {name: value for name, value in own.items() if name not in MAY_CHANGE
-           and not (name == "epochs" and settings.epochs > value)}
-    check_given(settings, own, f"the run in {settings.out}")
+def add_gradient(model: nn.Module, objective: Callable, batch: tuple[Tensor, ...],
+                 settings: Settings, machine: "Machine") -> Tensor:
+    """Add up the gradient of a batch, micro-batch by micro-batch and over all processes. Each
+    micro-batch is weighted by its number of images, so the sum does not depend on how the batch is
+    divided.
+
+    Returns this process's share of the mean of what the objective logs, (S,).
+    """
+    logged = 0
+    shards = [machine.shard(tensor).split(settings.micro_batch_size) for tensor in batch]
+    for micro_batch in zip(*shards):
+        weight = len(micro_batch[0]) / len(batch[0])
+        with machine.autocast():
+            loss, values = objective(model, *micro_batch)
+        (loss * weight).backward()
+        logged = logged + values * weight
+    if machine.processes > 1:
+        gradients = [parameter.grad for parameter in model.parameters()]
+        vector_to_parameters(machine.sum(parameters_to_vector(gradients)), gradients)
+    return logged
 
 
-def check_given(settings: argparse.Namespace, own: dict, owner: str) -> None:
-    """Raises BadInput if a setting is not that of its owner: of a run, an encoder, a probe."""
-    for name, value in own.items():
-        given = getattr(settings, name)
-        if given != value:
-            raise BadInput(f"--{name.replace('_', '-')} is {value} for {owner}, not {given}; leave "
-                           "the flag out")
+def learning_rate(settings: Settings, epoch: float) -> float:
+    """The learning rate after `epoch` epochs, which may be a fraction: a linear warm-up, then half
+    a cosine to zero (MAE, appendix A.1)."""
+    peak = settings.base_lr * settings.batch_size / 256     # the linear scaling rule (A.1)
+    warmup_epochs = settings.warmup * settings.epochs
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    decay_epochs = max(settings.epochs - warmup_epochs, 1e-9)
+    progress = min((epoch - warmup_epochs) / decay_epochs, 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def test_name(settings: argparse.Namespace) -> str:
-    """What the images of the test losses and accuracies are called."""
-    return "validation" if settings.validation else "test"
+@torch.no_grad()
+def evaluate(model: nn.Module, objective: Callable, batches: Iterable, machine: "Machine",
+             precise: bool) -> list[float]:
+    """The mean of what the objective logs, over the batches of a whole set.
+
+    precise: in float32, as for the final figures of a run; or else in the precision of training.
+    """
+    model.eval()
+    total = count = 0
+    with machine.autocast(precise):
+        for batch in batches:
+            total = total + objective(model, *batch)[1] * len(batch[0])
+            count += len(batch[0])
+    return (total / count).tolist()
+
+
+def in_batches(images: Tensor, *others: Tensor):
+    """Images uint8 (n, 3, H, W) and what belongs to each, 250 at a time, the images scaled."""
+    for batch, *rest in zip(images.split(250), *(other.split(250) for other in others)):
+        yield data.scale(batch), *rest
+
+
+# ------------------------------------------------------------------------------ optimizers
+
+
+def make_optimizers(model: nn.Module, settings: Settings, betas: tuple[float, float],
+                    lr_scale: Callable[[str], float] = lambda name: 1.0
+                    ) -> list[torch.optim.Optimizer]:
+    """AdamW and, if the settings say so, Muon for the matrices inside the blocks.
+
+    No weight decay for biases and LayerNorms (1 dimension), tokens and position embeddings (3),
+    only for matrices (2) and the patch embedding (4). lr_scale(name) is the factor of a parameter's
+    learning rate, which `train` sets at every step.
+    """
+    adamw, muon = {}, {}                                    # (decay, scale) -> parameters
+    for name, parameter in model.named_parameters():
+        in_block = "blocks." in name and parameter.ndim == 2
+        groups = muon if settings.optimizer == "muon" and in_block else adamw
+        decay = settings.weight_decay if parameter.ndim in (2, 4) else 0.0
+        groups.setdefault((decay, lr_scale(name)), []).append(parameter)
+
+    def as_groups(by_factors: dict[tuple, list]) -> list[dict]:
+        return [{"params": parameters, "weight_decay": decay, "lr_scale": scale}
+                for (decay, scale), parameters in by_factors.items()]
+
+    optimizers = [torch.optim.AdamW(as_groups(adamw), lr=0.0, betas=betas, fused=True)]
+    if muon:
+        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        optimizers.append(Muon(as_groups(muon), dtype))
+    return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized (Jordan et al. 2024): a matrix moves equally far in all directions,
+    not only in the few that dominate its gradient.
+
+    For the weight matrices inside a network. An orthogonal (r, c) matrix has entries of about
+    1 / sqrt(max(r, c)). `step` multiplies it by STEP * lr * sqrt(max(r, c)), so a weight moves by
+    about STEP * lr; AdamW moves it by 0.2 to 0.4 times lr (Liu et al. 2025, arXiv 2502.16982,
+    section 2.2), hence STEP. Queries, keys and values are taken as the one matrix that they share.
+    torch.optim.Muon computes matrix by matrix and in bfloat16, which is slow without bfloat16 in
+    hardware; here matrices of one shape go together, in `dtype`.
+    """
+    STEP, MOMENTUM = 0.4, 0.95
+
+    def __init__(self, groups: list[dict], dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(groups, dict(lr=0.0, weight_decay=0.0))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        by_shape = {}                                       # matrices of one shape go together
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                by_shape.setdefault(matrix.shape, []).append((matrix, group))
+        for shape, members in by_shape.items():
+            averages = [self.average(matrix) for matrix, _ in members]
+            directions = orthogonalize(torch.stack(averages).to(self.dtype)).float()
+            for (matrix, group), direction in zip(members, directions):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.sub_(direction, alpha=self.STEP * group["lr"] * max(shape) ** 0.5)
+
+    def average(self, matrix: Tensor) -> Tensor:
+        """Nesterov momentum: the running average of the gradients, blended with the latest."""
+        state = self.state[matrix]
+        if "average" not in state:
+            state["average"] = torch.zeros_like(matrix)
+        average = state["average"].lerp_(matrix.grad, 1 - self.MOMENTUM)
+        return matrix.grad.lerp(average, self.MOMENTUM)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """About U V^T of each matrix U S V^T, by products alone: (n, r, c) -> the same shape and dtype.
+
+    The matrices are divided by their norms. Each of five steps (Newton-Schulz; Jordan et al. 2024)
+    takes a singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. In the end those that began above
+    0.0015 are between 0.68 and 1.21.
+    """
+    if matrices.shape[1] > matrices.shape[2]:               # the other square matrix is smaller
+        return orthogonalize(matrices.mT.contiguous()).mT
+    x = matrices / (matrices.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(matrices.dtype)
+    for _ in range(5):
+        gram = x @ x.mT                                     # (n, r, r)
+        terms = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, terms, x, beta=3.4445)         # (n, r, c)
+    return x
+
+
+# ======================= plumbing: not needed to understand the method ========================
+# ------------------------------------------------------------------------------ run folder
+
+LOG_COLUMNS = {                 # by kind of run; then lr at the epoch's end, seconds, images/s
+    "pretrain": ("loss", "test_loss"),
+    "classifier": ("train_loss", "train_accuracy", "test_loss", "test_accuracy"),
+}
+
+
+@dataclasses.dataclass
+class Run:
+    """A run folder: its log, and what its checkpoints hold. Only the main process writes to it."""
+    kind: str                   # "pretrain" or "classifier"
+    settings: Settings
+    machine: "Machine"
+    dataset: data.Dataset
+    optimizers: list[torch.optim.Optimizer]
+    modules: dict[str, nn.Module]                           # by their keys in a checkpoint
+    log: list[dict] = dataclasses.field(default_factory=list)   # the rows of log.csv
+
+    @property
+    def out(self) -> Path:
+        return Path(self.settings.out)
+
+    @property
+    def name(self) -> str:
+        return self.out.resolve().name
+
+    def begin(self, checkpoint: dict | None) -> None:
+        """Restore the run from its checkpoint or, for a new run, write its first one; print what is
+        about to run. Raises BadInput if the checkpoint does not fit, or the folder of a new run
+        holds files."""
+        settings, machine, model = self.settings, self.machine, self.modules["model"]
+        resume = f"python {data.PROGRAMS[self.kind]} --resume {shlex.quote(settings.out)}"
+        self.row_began = time.monotonic()
+        if checkpoint:
+            self.restore(checkpoint)
+        if not machine.main:
+            return
+        if not checkpoint and any(self.out.glob("[!.]*")):
+            raise BadInput(f"{self.out} already holds files: to continue a run, {resume}; to start "
+                           "another one, name another folder with --out")
+        if not checkpoint:
+            self.save()
+        with data.for_convenience():
+            write_config(self.out / "config.json", settings, machine)
+        train, test = self.dataset.counts()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(f"recipe     {settings.recipe}: {settings.command}\n"
+              f"machine    {machine.device}, {machine.precision}{', compiled' * settings.compile}, "
+              f"threads: {torch.get_num_threads()}, processes: {machine.processes}\n"
+              f"data       {self.dataset.title}: {train:,} training and {test:,} test images\n"
+              f"model      {type(model).__name__} of {parameters:,} parameters, {settings.start}\n"
+              f"run        {self.out}; if it is stopped: {resume}")
+        if len(self.log) >= settings.epochs:
+            print(f"finished   all {len(self.log)} epochs are done; a larger --epochs goes on")
+        sys.stdout.flush()
+
+    def restore(self, checkpoint: dict) -> None:
+        """Raises BadInput if the checkpoint does not fit the modules, optimizers or data."""
+        with data.damaged_if_it_fails(self.out / "checkpoint.pt"):
+            images = checkpoint["images"]
+            for key, module in self.modules.items():
+                module.load_state_dict(checkpoint[key])
+            for one, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+                one.load_state_dict(state)
+            self.log = checkpoint["log"]
+        if images != self.dataset.counts():
+            raise BadInput(f"{self.out} was trained and tested on {images} images, not on "
+                           f"{self.dataset.counts()}: name the folder of its data with --data-dir")
+
+    def save(self, weights_alone: bool = False) -> None:
+        """Write checkpoint.pt, with everything that is needed to go on, or weights.pt, with the
+        weights alone, in half precision, to keep and share."""
+        content = dict(kind=self.kind, settings=dataclasses.asdict(self.settings),
+                       epoch=len(self.log), log=self.log, images=self.dataset.counts())
+        if weights_alone:
+            weights = self.modules["model"].state_dict()
+            content["model"] = {name: value.half() for name, value in weights.items()}
+        else:
+            content |= {key: module.state_dict() for key, module in self.modules.items()}
+            content["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        name = "weights.pt" if weights_alone else "checkpoint.pt"
+        data.save_checkpoint(self.out / name, content)
+
+    def end_epoch(self, values: list[float], lr: float, speed: float, left: timedelta) -> None:
+        """Log and print an epoch, and write a checkpoint if it is due.
+
+        values: losses and accuracies, in the order of LOG_COLUMNS; lr: the learning rate at the
+        epoch's end; speed: images per second in training alone; left: the time to the end.
+        """
+        epoch, epochs, now = len(self.log) + 1, self.settings.epochs, time.monotonic()
+        values = dict(zip(LOG_COLUMNS[self.kind], values, strict=True))
+        rounded = {name: float(f"{value:.7g}") for name, value in (values | {"lr": lr}).items()}
+        self.log.append({"epoch": epoch, **rounded, "seconds": round(now - self.row_began, 2),
+                         "images_per_second": round(speed, 1)})
+        self.row_began = now
+        with data.for_convenience():
+            write_log(self.out / "log.csv", self.log)
+        if epoch == epochs:
+            self.save(weights_alone=True)
+        if epoch == epochs or epoch % self.settings.checkpoint_every == 0:
+            self.save()         # the last file of an epoch: a run killed earlier does it again
+        shown = "  ".join(f"{name.replace('_', ' ')} {value:.2f} %" if "accuracy" in name
+                          else f"{name.replace('_', ' ')} {value:.4f}"
+                          for name, value in values.items())
+        print(f"epoch {epoch}/{epochs}  {shown}  {speed:,.0f} images/s  {left} left", flush=True)
+
+    def finish(self) -> None:
+        """Draw the curves."""
+        with data.for_convenience():
+            picture = visualize.plot_curves({self.name: self.log}, self.dataset.title)
+            visualize.save(picture, self.out / "curves.png")
+        print(f"done       {self.out}", flush=True)
+
+
+def write_log(path: Path, log: list[dict]) -> None:
+    """log.csv, whole."""
+    lines = [log[0].keys(), *(row.values() for row in log)]
+    data.write_file(path, "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+
+
+def write_config(path: Path, settings: Settings, machine: "Machine") -> None:
+    """config.json: everything needed to repeat the run. For people; no program reads it."""
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    commit = None
+    with contextlib.suppress(OSError):                      # git is not installed
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    config = {"settings": dataclasses.asdict(settings),
+              "processes": machine.processes, "commit": commit,
+              "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                           "numpy": np.__version__, "pillow": PIL.__version__}}
+    data.write_file(path, (json.dumps(config, indent=2) + "\n").encode())
+
+
+# ------------------------------------------------------------------------------ data and model
+
+
+def load_data(settings: Settings, machine: "Machine") -> tuple[data.Dataset, Settings]:
+    """The data set on the device, without what the settings leave out, and the settings with its
+    name. The main process reads (and downloads) the data first, then one process of each other
+    machine, then the rest."""
+    name = [settings.dataset]
+    for turn in range(3):
+        if turn == (0 if machine.main else 1 if machine.local_rank == 0 else 2):
+            dataset = data.load_dataset(name[0], settings.data_dir, settings.image_size)
+            name = [dataset.name]                           # what "auto" has turned out to be
+        if machine.processes > 1:
+            dist.broadcast_object_list(name)                # from the main process
+            dist.barrier()
+    if settings.validation:
+        dataset = dataset.hold_out(settings.validation)
+    if settings.limit:
+        dataset = dataset.limited(settings.limit)
+    return dataset.to(machine.device), dataclasses.replace(settings, dataset=dataset.name)
+
+
+def make_model(kind: str, settings: Settings, machine: "Machine",
+               num_classes: int = 10) -> nn.Module:
+    """A new model, its weights fixed by the seed. Raises BadInput if its sizes do not fit."""
+    torch.manual_seed(settings.seed)
+    try:
+        model = data.build_model(kind, dataclasses.asdict(settings), num_classes)
+    except ValueError as error:
+        raise BadInput(f"{error}; see --help for the sizes") from None
+    return model.to(machine.device)
+
+
+def choose_threads(settings: Settings, machine: "Machine", model: nn.Module, objective: Callable,
+                   make_batch: Callable) -> Settings:
+    """The settings with a number of threads: if none is set, the one that computes a few gradients
+    fastest. More threads are slower if the network is small or the machine busy. On a GPU, and with
+    several processes on a CPU, it stays as it is."""
+    if settings.threads or machine.device.type != "cpu" or machine.processes > 1:
+        return settings
+    most, seconds = torch.get_num_threads(), {}
+    ids = torch.zeros(min(settings.batch_size, settings.micro_batch_size)).long()
+    batch = make_batch(ids, 1, data.seeded_generator("cpu", 0))
+    for threads in {*(2**i for i in range(10) if 2**i < most), most}:
+        torch.set_num_threads(threads)
+        add_gradient(model, objective, batch, settings, machine)        # a warm-up
+        began = time.monotonic()
+        for _ in range(4):
+            add_gradient(model, objective, batch, settings, machine)
+        seconds[threads] = time.monotonic() - began
+    model.zero_grad()
+    fastest = min(seconds, key=seconds.get)
+    torch.set_num_threads(fastest)
+    return dataclasses.replace(settings, threads=fastest)
 
 
 # ------------------------------------------------------------------------------ machine
@@ -242,13 +604,13 @@ class Machine:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def autocast(self, exact: bool = False):
-        """Matrix products in bfloat16, unless `exact`; weights, LayerNorms and losses stay in
+    def autocast(self, precise: bool = False):
+        """Matrix products in bfloat16, unless `precise`; weights, LayerNorms and losses stay in
         float32."""
-        enabled = self.precision == "bf16" and not exact
+        enabled = self.precision == "bf16" and not precise
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
-    def compiled(self, model: nn.Module, settings: argparse.Namespace) -> nn.Module:
+    def compiled(self, model: nn.Module, settings: Settings) -> nn.Module:
         """The model to train, sharing the weights of `model`: compiled, if that is wanted. On CUDA
         its kernels are then replayed as one graph instead of launched one by one, unless a batch is
         larger than a micro-batch: a replay overwrites the gradients that the last one returned, so
@@ -258,8 +620,8 @@ class Machine:
         graphs = self.device.type == "cuda" and settings.batch_size <= settings.micro_batch_size
         return torch.compile(model, mode="reduce-overhead" if graphs else None)
 
-    def part(self, batch: Tensor) -> Tensor:
-        """This process's part of a batch: (B, ...) -> about (B / processes, ...)."""
+    def shard(self, batch: Tensor) -> Tensor:
+        """This process's share of a batch: (B, ...) -> about (B / processes, ...)."""
         return batch.tensor_split(self.processes)[self.rank]
 
     def sum(self, values: Tensor) -> Tensor:
@@ -268,18 +630,23 @@ class Machine:
             dist.all_reduce(values)
         return values
 
+    def leave(self) -> None:
+        """The end. It is not reached after an error, when the others may never get here."""
+        if self.processes > 1:
+            dist.barrier()                                  # leave together, or gloo may abort
+            dist.destroy_process_group()
 
-@contextlib.contextmanager
-def on_machine(settings: argparse.Namespace):
-    """Decide what is "auto" in the settings, join the other processes if torchrun started several,
-    and yield a Machine. Raises BadInput if the device is missing or cannot do what is asked."""
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+
+def join_machine(settings: Settings) -> tuple[Machine, Settings]:
+    """Decide what is "auto", and join the other processes if torchrun started several. Returns the
+    Machine and the settings. Raises BadInput if the device is missing or cannot do what is
+    asked."""
+    rank, local_rank, processes = read_environment()
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
-    if settings.device == "auto":
-        settings.device = next(name for name in there if there[name])
     name = settings.device
+    if name == "auto":
+        name = next(name for name in there if there[name])
     if not there[name]:
         raise BadInput(f"--device {name}: torch finds no such device here, choose another")
     if name == "cuda" and local_rank >= torch.cuda.device_count():
@@ -290,22 +657,35 @@ def on_machine(settings: argparse.Namespace):
     device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
     if name == "cuda":
         torch.cuda.set_device(device)
-    if settings.precision == "auto":
-        settings.precision = "bf16" if multiplies_bf16(name) else "fp32"
-    settings.compile = decide_to_compile(settings.compile, device)
-    if settings.micro_batch_size is None:
-        settings.micro_batch_size = 512 if name == "cuda" else 128
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     keep_freed_memory()
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bf16" if has_bf16_products(name) else "fp32"
+    settings = dataclasses.replace(
+        settings, device=name, precision=precision, compile=decide_to_compile(settings, device),
+        micro_batch_size=settings.micro_batch_size or (512 if name == "cuda" else 128),
+        data_dir=absolute(settings.data_dir))
     if processes > 1:                                       # the main process may download for long
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=1),
                                 device_id=device if name == "cuda" else None)
-    yield Machine(device, settings.precision, rank, local_rank, processes)
-    if processes > 1:           # skipped after an error, when the others may never get here
-        dist.barrier()                                      # leave together, or gloo may abort
-        dist.destroy_process_group()
+    return Machine(device, precision, rank, local_rank, processes), settings
 
 
-def multiplies_bf16(device: str) -> bool:
+def read_environment() -> tuple[int, int, int]:
+    """Rank, local rank and number of processes, as torchrun sets them. Raises BadInput."""
+    set_by_torchrun = [os.environ.get(name) or default for name, default in (
+        ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", ""),
+        ("MASTER_PORT", ""))]
+    *numbers, address, port = set_by_torchrun
+    if not all(map(str.isdecimal, numbers)) or (numbers[2] != "1" and not (address and port)):
+        raise BadInput("RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the "
+                       f"environment do not fit ({set_by_torchrun}): use torchrun, or unset them")
+    return tuple(map(int, numbers))
+
+
+def has_bf16_products(device: str) -> bool:
     """Whether the processor has matrix products in bfloat16 (on x86: AMX or AVX512-BF16)."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -315,25 +695,22 @@ def multiplies_bf16(device: str) -> bool:
     return False
 
 
-def decide_to_compile(wanted: bool | None, device: torch.device) -> bool:
+def decide_to_compile(settings: Settings, device: torch.device) -> bool:
     """Compile if that is asked for or, by default, on CUDA; first try it on something tiny. Raises
-    BadInput if it is asked for and does not work."""
-    if wanted is False or (wanted is None and device.type != "cuda"):
+    BadInput if it does not work."""
+    if settings.compile is False or (settings.compile is None and device.type != "cuda"):
         return False
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-        return True
     except Exception as error:  # a missing compiler, headers, Triton: there is no common type
-        problem = f"torch.compile does not work here: {' '.join(str(error).split())[:200]}"
-        if wanted:
-            raise BadInput(f"--compile: {problem}") from None
-        print(f"note: {problem}; training is slower without it", file=sys.stderr)
-        return False
+        raise BadInput(f"torch.compile does not work here, train with --no-compile: "
+                       f"{' '.join(str(error).split())[:200]}") from None
+    return True
 
 
 def keep_freed_memory() -> None:
     """Have glibc keep freed blocks of any size, instead of returning them to the system and asking
-    for them again at every step."""
+    for them again at every step (7 to 13 % of a step)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):   # another C library: as it is
         libc = ctypes.CDLL(None)
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4               # malloc.h
@@ -341,466 +718,83 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def load_data(settings: argparse.Namespace, machine: Machine) -> data.Dataset:
-    """The data set on the device, without the images and labels that the settings leave out. Adds
-    to the settings how many images there are, before --labels-per-class, and the steps per epoch.
-    The main process reads (and downloads) the data first, then one process of each other machine,
-    then the rest."""
-    turn = 0 if machine.main else 1 if machine.local_rank == 0 else 2
-    for now in range(3):
-        if now == turn:
-            dataset = data.load_dataset(settings.dataset, settings.data_dir)
-        if machine.processes > 1:
-            name = [dataset.name if machine.main else None]
-            dist.broadcast_object_list(name)
-            settings.dataset = name[0]                      # what "auto" has turned out to be
-            dist.barrier()
-    settings.dataset = dataset.name
-    if settings.validation:
-        dataset = dataset.hold_out(settings.validation)
-    if settings.limit:
-        dataset = dataset.first(settings.limit)
-    settings.images = [len(dataset.train_images), len(dataset.test_images)]
-    if vars(settings).get("labels_per_class"):
-        dataset = dataset.balanced(settings.labels_per_class, settings.seed)
-    shown = len(dataset.train_images) * vars(settings).get("repeat", 1)
-    settings.steps = max(1, shown // settings.batch_size)   # per epoch
-    return dataset.to(machine.device)
-
-
-def make_model(kind: str, settings: argparse.Namespace, machine: Machine) -> nn.Module:
-    """A new model, its weights fixed by the seed. Raises BadInput if its sizes do not fit."""
-    torch.manual_seed(settings.seed)
-    try:
-        return data.build_model(kind, vars(settings)).to(machine.device)
-    except ValueError as error:
-        raise BadInput(f"{error}; see --help for the sizes") from None
-
-
-def describe(kind: str, settings: argparse.Namespace, machine: Machine, model: nn.Module,
-             dataset: data.Dataset) -> None:
-    """Print what is about to run."""
-    if not machine.main:
-        return
-    device = (torch.cuda.get_device_name() if machine.device.type == "cuda"
-              else f"{machine.device.type}, threads: {torch.get_num_threads()}")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    values = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in
-                       kept(settings, kind).items() if value is not None)
-    print(f"machine    {device}, processes: {machine.processes}\n"
-          f"data       {dataset.title}: {len(dataset.train_images):,} training and "
-          f"{len(dataset.test_images):,} {test_name(settings)} images\n"
-          f"model      {type(model).__name__} of {parameters:,} parameters\n"
-          f"{textwrap.fill('settings   ' + values, 90, subsequent_indent=' ' * 11)}", flush=True)
-
-
-# ------------------------------------------------------------------------------ training
-
-DIVERGED = ("the last checkpoint is kept: lower --base-lr or raise --warmup-epochs in a new "
-            "run")
-
-
-@dataclasses.dataclass
-class Learner:
-    """What a training step needs: objective(model, *batch) returns a loss and what to log, (S,)."""
-    model: nn.Module
-    objective: Callable
-    optimizers: list[torch.optim.Optimizer]
-
-
-def train_epoch(learner: Learner, batches: Iterable, epoch: int, progress: data.Progress,
-                settings: argparse.Namespace, machine: Machine) -> tuple[list[float], float]:
-    """Train for one epoch, counted from 1. Returns the mean of what the objective logs, and the
-    images per second.
-
-    batches: tensors (B, ...), the same in all processes. The program waits for the device only to
-    show progress and at the end. Raises BadInput if the loss is not finite.
-    """
-    learner.model.train()
-    began, logged = time.monotonic(), []
-    for step, batch in enumerate(batches, start=1):
-        rate = learning_rate(settings, epoch - 1 + (step - 0.5) / settings.steps)   # mid-step
-        for optimizer in learner.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["lr_scale"]
-        logged.append(compute_gradient(learner, batch, settings, machine))
-        for optimizer in learner.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        if machine.main and progress.advance():
-            progress.show(f"epoch {epoch}/{settings.epochs}  step {step}/{settings.steps}  "
-                          f"loss {logged[-1][0] * machine.processes:.4f}")
-    logged = machine.sum(torch.stack(logged))               # (steps, S)
-    finite = logged.isfinite().all(dim=1)
-    if not finite.all():
-        raise BadInput(f"the loss is no longer finite in epoch {epoch}, step "
-                       f"{int(finite.long().argmin()) + 1}; {DIVERGED}")
-    speed = len(logged) * settings.batch_size / (time.monotonic() - began)
-    return logged.mean(dim=0).tolist(), speed
-
-
-def compute_gradient(learner: Learner, batch: tuple[Tensor, ...], settings: argparse.Namespace,
-                     machine: Machine) -> Tensor:
-    """Add up the gradient of a batch, micro-batch by micro-batch and over all processes. Each
-    micro-batch is weighted by its number of images, so the sum does not depend on how the batch is
-    divided.
-
-    Returns this process's share of the mean of what the objective logs, (S,).
-    """
-    logged = 0
-    parts = [machine.part(tensor).split(settings.micro_batch_size) for tensor in batch]
-    for micro_batch in zip(*parts):
-        weight = len(micro_batch[0]) / settings.batch_size
-        with machine.autocast():
-            loss, values = learner.objective(learner.model, *micro_batch)
-        (loss * weight).backward()
-        logged = logged + values * weight
-    if machine.processes > 1:
-        gradients = [parameter.grad for parameter in learner.model.parameters()]
-        vector_to_parameters(machine.sum(parameters_to_vector(gradients)), gradients)
-    return logged
-
-
-def learning_rate(settings: argparse.Namespace, epoch: float) -> float:
-    """The learning rate after `epoch` epochs, which may be a fraction: a linear warm-up, then half
-    a cosine to zero (MAE, appendix A.1)."""
-    peak = settings.base_lr * settings.batch_size / 256     # the linear scaling rule (A.1)
-    if epoch < settings.warmup_epochs:
-        return peak * epoch / settings.warmup_epochs
-    decay_epochs = max(settings.epochs - settings.warmup_epochs, 1e-9)
-    progress = min((epoch - settings.warmup_epochs) / decay_epochs, 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, objective: Callable, batches: Iterable, machine: Machine,
-             exact: bool) -> list[float]:
-    """The mean of what the objective logs, over the batches of a whole set.
-
-    exact: in float32, as for the final figures of a run; or else in the precision of training.
-    """
-    model.eval()
-    total = count = 0
-    with machine.autocast(exact):
-        for batch in batches:
-            total = total + objective(model, *batch)[1] * len(batch[0])
-            count += len(batch[0])
-    return (total / count).tolist()
-
-
-# ------------------------------------------------------------------------------ optimizers
-
-
-def make_optimizers(model: nn.Module, settings: argparse.Namespace, betas: tuple[float, float],
-                    lr_scale: Callable[[str], float] = lambda name: 1.0
-                    ) -> list[torch.optim.Optimizer]:
-    """AdamW and, if the settings say so, Muon for the matrices inside the blocks.
-
-    No weight decay for biases and LayerNorms (1 dimension), tokens and position embeddings (3),
-    only for matrices (2) and the patch embedding (4). lr_scale(name) is the factor of a parameter's
-    learning rate.
-    """
-    adamw, muon = {}, {}                                    # (decay, scale) -> parameters
-    for name, parameter in model.named_parameters():
-        in_block = "blocks." in name and parameter.ndim == 2
-        groups = muon if settings.optimizer == "muon" and in_block else adamw
-        decay = settings.weight_decay if parameter.ndim in (2, 4) else 0.0
-        groups.setdefault((decay, lr_scale(name)), []).append(parameter)
-
-    def as_groups(by_factors: dict[tuple, list]) -> list[dict]:
-        return [{"params": parameters, "weight_decay": decay, "lr_scale": scale}
-                for (decay, scale), parameters in by_factors.items()]
-
-    optimizers = [torch.optim.AdamW(as_groups(adamw), lr=0.0, betas=betas, fused=True)]
-    if muon:
-        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        optimizers.append(Muon(as_groups(muon), dtype))
-    return optimizers                                       # train_epoch sets the rates
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024): a matrix moves equally far in all directions,
-    not only in the few that dominate its gradient.
-
-    For the weight matrices inside a network. An orthogonal (r, c) matrix has entries of about
-    1 / sqrt(max(r, c)). `step` multiplies it by STEP * lr * sqrt(max(r, c)), so a weight moves by
-    about STEP * lr; AdamW moves it by 0.2 to 0.4 times lr (Liu et al. 2025, arXiv 2502.16982,
-    section 2.2), hence STEP. Queries, keys and values are taken as the one matrix that they share.
-    torch.optim.Muon computes matrix by matrix and in bfloat16, which most CPUs emulate; here
-    matrices of one shape go together, in `dtype`.
-    """
-    STEP, MOMENTUM = 0.4, 0.95
-
-    def __init__(self, groups: list[dict], dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(groups, dict(lr=0.0, weight_decay=0.0))
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self) -> None:
-        by_shape = {}                                       # matrices of one shape go together
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                by_shape.setdefault(matrix.shape, []).append((matrix, group))
-        for shape, members in by_shape.items():
-            averages = [self.average(matrix) for matrix, _ in members]
-            directions = orthogonalize(torch.stack(averages), self.dtype).float()
-            for (matrix, group), direction in zip(members, directions):
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.sub_(direction, alpha=self.STEP * group["lr"] * max(shape) ** 0.5)
-
-    def average(self, matrix: Tensor) -> Tensor:
-        """Nesterov momentum: the running average of the gradients, blended with the latest."""
-        state = self.state[matrix]
-        if "average" not in state:
-            state["average"] = torch.zeros_like(matrix)
-        average = state["average"].lerp_(matrix.grad, 1 - self.MOMENTUM)
-        return matrix.grad.lerp(average, self.MOMENTUM)
-
-
-def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """About U V^T of each matrix U S V^T, by products alone: (n, r, c) -> the same shape, `dtype`.
-
-    X is the matrix divided by its norm. Each of five steps (Newton-Schulz; Jordan et al. 2024)
-    takes a singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5: in the end those that began
-    above 0.0015 are between 0.68 and 1.21. So each step multiplies s by a function of s^2. In
-    float32 the steps are taken on the small square matrix X X^T, whose eigenvalues are the s^2, and
-    their factors are multiplied: less arithmetic, if the matrices are long. In bfloat16 they are
-    taken on X itself: the rounding of small s^2 would grow from step to step.
-    """
-    if matrices.shape[1] > matrices.shape[2]:               # the other square matrix is smaller
-        return orthogonalize(matrices.mT.contiguous(), dtype).mT
-    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)    # no s above 1
-
-    def higher_terms(gram: Tensor) -> Tensor:               # (n, r, r) -> (n, r, r)
-        return torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-
-    if dtype == torch.bfloat16:
-        for _ in range(5):
-            x = torch.baddbmm(x, higher_terms(x @ x.mT), x, beta=3.4445)
-        return x                                            # (n, r, c)
-    identity = torch.eye(x.shape[1], dtype=dtype, device=x.device)
-    gram, factors = x @ x.mT, identity
-    for _ in range(5):
-        factor = 3.4445 * identity + higher_terms(gram)
-        gram, factors = factor @ gram @ factor, factor @ factors
-    return factors @ x                                      # (n, r, c)
-
-
-def load_optimizers(optimizers: list[torch.optim.Optimizer], states, path: Path) -> None:
-    """Restore the state of each optimizer. Raises BadInput if it is not that of these parameters:
-    fused AdamW would not check the shapes."""
-    names = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"average"}}
-    try:
-        for optimizer, state in zip(optimizers, states, strict=True):
-            groups = optimizer.state_dict()["param_groups"]
-            parameters = [one for group in optimizer.param_groups for one in group["params"]]
-            expected = {i: {name: () if name == "step" else parameter.shape
-                            for name in names[type(optimizer)]}
-                        for i, parameter in enumerate(parameters)}
-            found = {i: {name: tensor.shape for name, tensor in of_parameter.items()}
-                     for i, of_parameter in state.items()}
-            if found != expected:
-                raise ValueError
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
-    except (ValueError, TypeError, AttributeError):
-        raise BadInput(f"{path} cannot be resumed: the state of its optimizers is missing or does "
-                       "not fit the model") from None
-
-
-# ------------------------------------------------------------------------------ run folder
-
-
-@contextlib.contextmanager
-def open_run(kind: str, name: str, settings: argparse.Namespace, machine: Machine):
-    """Yield the `Run` in --out, or in runs/ under a name that begins with `name`. No other program
-    can write to it until the end. Raises BadInput if another program does, or if the folder holds
-    other files or a run that is not to be resumed."""
-    labels = vars(settings).get("labels_per_class")
-    parts = [name, settings.validation and "validation", settings.dataset, settings.recipe,
-             settings.limit and f"{settings.limit}-images", labels and f"{labels}-labels"]
-    out = settings.out or Path("runs", "-".join(filter(None, parts)))
-    resume = f"python {data.PROGRAMS[kind]} --out {shlex.quote(str(out))} --resume"
-    lock = data.locked(out) if machine.main else contextlib.nullcontext()
-    with lock as check_still_there:
-        if machine.main:
-            found = {path.name for path in out.glob("[!.]*")}
-            before_first_epoch = {"config.json", "reconstructions"}
-            if not settings.resume and found - before_first_epoch:
-                raise BadInput(f"{out} already holds a run or other files: to continue a run, "
-                               f"{resume}; to start another one, name another folder with --out")
-            print(f"run        {out}; if it is stopped: {resume}", flush=True)
-        run = Run(out, kind, settings, machine, check_still_there)
-        yield run
-        if machine.main:
-            check_still_there()
-            title = visualize.title_of(settings.dataset)
-            picture = visualize.draw_curves({out.resolve().name: run.log}, caption=title)
-            visualize.save_png(picture, out / "curves.png")
-            print(f"done       {out}", flush=True)
-
-
-class Run:
-    """A run folder and its log. Only the main process writes to it."""
-
-    def __init__(self, out: Path, kind: str, settings: argparse.Namespace, machine: Machine,
-                 check_still_there: Callable | None) -> None:
-        self.out, self.kind, self.settings, self.machine = out, kind, settings, machine
-        self.check_still_there = check_still_there
-        self.log: list[dict] = []                           # the rows of log.csv
-        self.row_began = time.monotonic()
-
-    def restore(self, optimizers: list[torch.optim.Optimizer], **modules: nn.Module) -> bool:
-        """Continue after the last checkpoint, if this run is resumed and has one. Returns whether
-        that is so. Writes config.json, so that the run can be resumed from now on. Raises BadInput.
-
-        modules: by the key that the weights of each have in the checkpoint.
-        """
-        path, settings = self.out / "checkpoint.pt", self.settings
-        resumed = settings.resume and path.exists()
-        if resumed:
-            checkpoint = data.load_checkpoint(path, self.kind)
-            check_same_run(settings, checkpoint["settings"])    # config.json may have been changed
-            if checkpoint.get("images") != settings.images:
-                raise BadInput(f"{self.out} was trained and tested on {checkpoint.get('images')} "
-                               f"images, {settings.data_dir} has {settings.images}: name the "
-                               "folder of its data set with --data-dir")
-            for key, module in modules.items():
-                data.load_weights(module, checkpoint.get(key), path)
-            load_optimizers(optimizers, checkpoint.get("optimizers"), path)
-            self.log = checkpoint["log"]
-        if self.machine.main:
-            write_config(self.out, self.kind, settings, self.machine)
-        return resumed
-
-    def epochs_left(self) -> range:
-        """The epochs that are not done, counted from 1. Starts the estimate of the time left."""
-        epochs = range(len(self.log) + 1, self.settings.epochs + 1)
-        self.progress = data.Progress(len(epochs) * self.settings.steps)
-        return epochs
-
-    def end_epoch(self, values: list[float], speed: float, model: nn.Module,
-                  optimizers: list[torch.optim.Optimizer], **more) -> None:
-        """Write the row of an epoch to log.csv; a checkpoint if it is due; after the last epoch
-        also the weights alone, in half precision, to keep and share.
-
-        values: the losses and accuracies, in the order of LOG_COLUMNS; speed: images per second in
-        training alone; more: what else to store in the checkpoint. Raises BadInput if a value is
-        not finite or the folder is gone.
-        """
-        if not all(map(math.isfinite, values)):
-            raise BadInput(f"the test loss is not finite after epoch {len(self.log) + 1}; "
-                           f"{DIVERGED}")
-        self.check_still_there()
-        settings, epoch, now = self.settings, len(self.log) + 1, time.monotonic()
-        rounded = [float(f"{value:.7g}") for value in (*values, learning_rate(settings, epoch))]
-        row = dict(zip(data.LOG_COLUMNS[self.kind], (
-            epoch, *rounded, round(now - self.row_began, 2), round(speed, 1),
-            peak_memory_mb(self.machine.device)), strict=True))
-        self.log.append(row)
-        self.row_began = now
-        write_log(self.out, self.log)
-        last = epoch == settings.epochs
-        checkpoint = dict(kind=self.kind, settings=kept(settings, self.kind), epoch=epoch,
-                          log=self.log, images=settings.images, model=model.state_dict())
-        if last:
-            half = {name: value.half() for name, value in checkpoint["model"].items()}
-            data.save_checkpoint(self.out / "weights.pt", dict(checkpoint, model=half))
-        if last or epoch % settings.checkpoint_every == 0:
-            # checkpoint.pt is written last: a run that is killed earlier does the epoch again.
-            states = [optimizer.state_dict()["state"] for optimizer in optimizers]
-            data.save_checkpoint(self.out / "checkpoint.pt",
-                                 dict(checkpoint, optimizers=states, **more))
-        shown = "  ".join(f"{name.replace('_', ' ')} {value:.2f} %" if "accuracy" in name
-                          else f"{name.replace('_', ' ')} {value:.4f}"
-                          for name, value in list(row.items())[1:1 + len(values)])
-        print(f"epoch {epoch}/{settings.epochs}  {shown}  {speed:,.0f} images/s  "
-              f"{self.progress.time_left()} left", flush=True)
-
-
-def kept(settings: argparse.Namespace, kind: str) -> dict:
-    """The settings that are kept with a run."""
-    return {name: getattr(settings, name) for name in data.FLAGS[kind]}
-
-
-def write_config(out: Path, kind: str, settings: argparse.Namespace, machine: Machine) -> None:
-    """config.json: everything needed to repeat the run."""
-    commit = None
-    if shutil.which("git"):
-        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    processor = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
-    if machine.device.type == "cuda":
-        processor = torch.cuda.get_device_name()
-    path = out / "config.json"
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    if settings.resume:                                     # the command that started the run
-        command = json.loads(path.read_text()).get("command", command)
-    config = {
-        "settings": kept(settings, kind),
-        "command": command,
-        "machine": {"processor": processor, "threads": torch.get_num_threads(),
-                    "processes": machine.processes},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "numpy": np.__version__, "pillow": PIL.__version__},
-        "commit": commit,
-    }
-    data.write_file(path, (json.dumps(config, indent=2) + "\n").encode())
-
-
-def write_log(out: Path, log: list[dict]) -> None:
-    """log.csv, whole. A resumed run takes its rows from the checkpoint."""
-    lines = [log[0].keys(), *(row.values() for row in log)]
-    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-    data.write_file(out / "log.csv", text.encode())
-
-
-def peak_memory_mb(device: torch.device) -> int:
-    """The most memory used so far, in MiB: the GPU's on CUDA, or else the process's."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    try:
-        import resource
-    except ImportError:         # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024          # bytes there, KiB elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
-
-
-# ------------------------------------------------------------------------------ benchmark
-
-
-def run_benchmark(learner: Learner, epoch_batches: Callable, settings: argparse.Namespace,
-                  machine: Machine) -> None:
-    """Print images/s, arithmetic and memory of whole training steps on real batches."""
-    flop = count_flop(learner, next(epoch_batches(1)))
-    settings.steps = 10 if machine.device.type == "cuda" else max(1, 256 // settings.batch_size)
-    batches = itertools.chain.from_iterable(map(epoch_batches, itertools.repeat(1)))    # endless
-    speeds, began, seconds = [], time.monotonic(), 0
-    while len(speeds) < 6 or seconds < BENCHMARK_SECONDS:
-        some = itertools.islice(batches, settings.steps)
-        _, speed = train_epoch(learner, some, 1, data.Progress(0), settings, machine)
-        speeds.append(speed)
-        seconds = torch.tensor(time.monotonic() - began, device=machine.device)
-        seconds = machine.sum(seconds) / machine.processes  # all processes go on, or none
-    speed = statistics.median(speeds[1:])                   # the first one is a warm-up
-    if machine.main:
-        print(f"speed      {speed:,.1f} images/s (median of {len(speeds) - 1} timings of "
-              f"{settings.steps} steps of {settings.batch_size} images)\n"
-              f"arithmetic {speed * flop / 1e12:.3g} TFLOP/s ({flop / 1e9:.3g} GFLOP per image, "
-              f"forward and backward)\n"
-              f"memory     {peak_memory_mb(machine.device):,} MiB at the peak")
-
-
-def count_flop(learner: Learner, batch: Iterable[Tensor]) -> int:
-    """Floating-point operations of one image of a batch, forward and backward."""
-    model = getattr(learner.model, "_orig_mod", learner.model)          # not compiled
-    one_image = [tensor[:1] for tensor in batch]
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        learner.objective(model, *one_image)[0].backward()  # attention as products, to be counted
-    model.zero_grad()
-    return counter.get_total_flops()
+# ------------------------------------------------------------------------------ command line
+
+
+def parse_flags(settings_class: type, recipes: dict[str, dict], description: str,
+                argv: list[str] | None, **more: dict) -> dict:
+    """The flags that are given, by the names of their settings. Also `command`, the command line,
+    and what is no setting: `resume` and `more` flags. Raises BadInput."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = data.Parser(description=description, allow_abbrev=False,
+                         argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(settings_class):
+        if field.metadata:
+            text = field.metadata["help"] + shown_default(field, recipes)
+            parser.add_argument(f"--{field.name.replace('_', '-')}",
+                                **field.metadata | {"help": text})
+    more["resume"] = dict(metavar="RUN", type=os.path.expanduser, help="continue a run after its "
+                          "last checkpoint, with its own settings")
+    for name, options in more.items():
+        parser.add_argument(f"--{name}", **options)
+    command = shlex.join([Path(sys.modules[settings_class.__module__].__file__).name, *argv])
+    return vars(parser.parse_args(argv)) | {"command": command}
+
+
+def shown_default(field: dataclasses.Field, recipes: dict[str, dict]) -> str:
+    """The default of a setting, for --help: one value, or one for each recipe."""
+    values = {name: recipe.get(field.name, field.default) for name, recipe in recipes.items()}
+    if field.default is None or field.default is False:
+        return ""
+    if len(set(values.values())) == 1:
+        return f" (default: {field.default})"
+    return f" (default: {', '.join(f'{name} {value}' for name, value in values.items())})"
+
+
+def run_folder(kind: str, given: dict) -> str:
+    """The default folder of a new run. Its name tells what is given and is not a default."""
+    recipe, dataset = given.get("recipe", "laptop"), given.get("dataset", "auto")
+    parts = [kind, recipe != "laptop" and recipe,
+             dataset not in ("auto", "cifar10") and dataset,
+             given.get("validation") and "validation",
+             "limit" in given and f"{given['limit']}-images",
+             "labels_per_class" in given and f"{given['labels_per_class']}-labels"]
+    return os.path.join("runs", "-".join(filter(None, parts)))
+
+
+def resumed_settings(settings_class: type, kind: str, given: dict) -> tuple[Settings, dict]:
+    """For --resume: the settings of a run, changed as far as they may be, and its checkpoint.
+    Raises BadInput, OSError."""
+    path = Path(given["resume"], "checkpoint.pt")
+    checkpoint = data.load_checkpoint(path, kind)
+    own = saved_settings(settings_class, checkpoint, path) | {"out": given["resume"]}
+    given = {name: value for name, value in given.items() if name not in ("resume", "command")}
+    free = MAY_CHANGE | ({"epochs"} if given.get("epochs", 0) > own["epochs"] else set())
+    refuse_other(given, {name: own[name] for name in own.keys() - free}, f"the run in {own['out']}")
+    return settings_class(**own | given), checkpoint
+
+
+def saved_settings(settings_class: type, checkpoint: dict, path: Path | str) -> dict:
+    """The settings in a checkpoint. An older one may lack some; they have their defaults. Raises
+    BadInput if this program does not know one."""
+    with data.damaged_if_it_fails(path):
+        saved = dict(checkpoint["settings"])
+    known = {field.name for field in dataclasses.fields(settings_class)}
+    for name in saved.keys() - known:
+        raise BadInput(f"{path} has the setting {name!r}, which this program does not know: use "
+                       "the program that wrote it")
+    return saved
+
+
+def refuse_other(given: dict, fixed: dict, owner: str) -> None:
+    """Raises BadInput if a setting that is given is not that of its owner: of a run, an encoder, a
+    probe."""
+    for name, value in fixed.items():
+        if given.get(name, value) != value:
+            raise BadInput(f"--{name.replace('_', '-')} is {value} for {owner}, not "
+                           f"{given[name]}; leave the flag out")
 
 
 if __name__ == "__main__":
-    with data.exit_on_bad_input():
+    with data.as_program():
         main()
