@@ -330,6 +330,9 @@ def epoch_order(count: int, batch_size: int, generator: torch.Generator) -> Tens
     return order[:steps * batch_size].view(steps, batch_size)
 
 
+AUGMENTATIONS = ("none", "flip", "crop", "color")
+
+
 def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4) -> Tensor:
     """Change images at random. kind: "none"; "flip"; "crop" for flips and shifted crops; "color"
     for flips, shifted crops and color jitter.
@@ -649,8 +652,8 @@ class Output:
 
     def __init__(self, stream) -> None:
         self.stream = stream or open(os.devnull, "w")
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(AttributeError, OSError, ValueError):      # not all can do that
+            self.stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> None:
         try:

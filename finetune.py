@@ -37,7 +37,7 @@ class FinetuneSettings(Settings):
     epochs: int = flag(4, "passes over the training images")
     base_lr: float = flag(2e-2, "learning rate for a batch of 256; the one used is this x batch "
                           "size / 256", type=data.number(float, 0, 1000))
-    augment: str = flag("flip", "as for pretrain.py", choices=["none", "flip", "crop", "color"])
+    augment: str = flag("flip", "as for pretrain.py", choices=data.AUGMENTATIONS)
     init: str | None = flag(None, "checkpoint or run folder of pretrain.py, whose encoder is the "
                             "start (default: from scratch)", type=absolute)
     mode: str = flag("finetune", "finetune: all weights are trained; linear: only the head, on a "
@@ -112,9 +112,11 @@ def new_settings(given: dict) -> FinetuneSettings:
         saved = pretrain.saved_settings(PretrainSettings, checkpoint, init)
         sizes = data.model_settings(mae.Encoder, saved)
         pretrain.refuse_other(given, sizes, f"the encoder of {init}")
-        if saved["dataset"] != "cifar10":                   # as --dataset, unless it is given
-            defaults |= dict(dataset=saved["dataset"])
         defaults |= sizes
+        if saved["dataset"] == "shapes":                    # perhaps instead of CIFAR-10: the name
+            defaults |= dict(dataset="shapes")              # of the run should not depend on it
+        elif saved["dataset"] != "cifar10":
+            given = dict(dataset=saved["dataset"]) | given
     kind = "linear" if linear else "finetune" if init else "scratch"
     defaults |= dict(out=pretrain.run_folder(kind, given))
     return FinetuneSettings(**defaults | given)

@@ -101,7 +101,7 @@ class Settings:
     heads: int = flag(8, "attention heads of the encoder")
     augment: str = flag("crop", "flip: half of the images are mirrored; crop: also shifted by up "
                         "to 4 pixels; color: also color jitter (saturation, contrast, brightness)",
-                        choices=["none", "flip", "crop", "color"])
+                        choices=data.AUGMENTATIONS)
     seed: int = flag(0, "of weights, order, augmentation, masks and the choice of labeled images",
                      type=number(int, 0, 2**32 - 1))
     device: str = flag("auto", "auto: cuda if it is there, or else mps, or else cpu",
@@ -559,7 +559,7 @@ def make_model(kind: str, settings: Settings, machine: "Machine",
     torch.manual_seed(settings.seed)
     try:
         model = data.build_model(kind, dataclasses.asdict(settings), num_classes)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:                # TypeError: from a damaged checkpoint
         raise BadInput(f"{error}; see --help for the sizes") from None
     return model.to(machine.device)
 
