@@ -362,7 +362,7 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4)
 
 def color_jitter(images: Tensor, generator: torch.Generator, strength: float = 0.4) -> Tensor:
     """Random saturation, contrast and brightness: three factors per image, from 1 - strength to
-    1 + strength, multiply the distance of each colour from its own grey, then from the mean of the
+    1 + strength, multiply the distance of each color from its own gray, then from the mean of the
     image, then from black. After Chen et al. 2020, arXiv 2002.05709, appendix A, who also change
     the hue.
 
@@ -373,8 +373,8 @@ def color_jitter(images: Tensor, generator: torch.Generator, strength: float = 0
         return 1 + strength * (2 * uniform - 1)
 
     images = images.float()
-    grey = images.mean(dim=1, keepdim=True)                 # (B, 1, H, W)
-    images = torch.lerp(grey, images, factor())             # saturation
+    gray = images.mean(dim=1, keepdim=True)                 # (B, 1, H, W)
+    images = torch.lerp(gray, images, factor())             # saturation
     mean = images.mean(dim=(1, 2, 3), keepdim=True)         # (B, 1, 1, 1)
     images = torch.lerp(mean, images, factor())             # contrast
     return (images * factor()).clamp(0, 255)                # brightness

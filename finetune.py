@@ -73,27 +73,30 @@ FROM_SCRATCH = {                # what is best without --init: an eighth of the 
     "lunch": dict(base_lr=1.75e-3, layer_decay=1.0),
     "full": dict(),
 }
-PROBE = dict(                   # a linear probe has no use for other values of these
+PROBE_FIXED = dict(             # a linear probe has no use for other values of these
     optimizer="adamw", layer_decay=1.0, augment="none", patch_dropout=0.0, mix=False, whole=0.0,
     repeat=1, compile=False)
-LINEAR = PROBE | dict(          # with --mode linear, instead of the recipe's values
+PROBE_DEFAULTS = PROBE_FIXED | dict(    # with --mode linear, instead of the recipe's values
     epochs=100, warmup=0.1, batch_size=512, micro_batch_size=512, base_lr=1e-2, weight_decay=0.0,
     checkpoint_every=10)
 HELP = "Fine-tune a pre-trained encoder, probe it, or train the same network from scratch."
 
 
 def main(argv: list[str] | None = None) -> None:
-    given = pretrain.parse_flags(FinetuneSettings, RECIPES, HELP, argv, evaluate=dict(
-        metavar="CHECKPOINT", type=os.path.expanduser, help="print the test accuracy of a saved "
-        "classifier, in float32 unless --precision says otherwise, and train nothing"))
+    given = pretrain.parse_flags(
+        "finetune.py", FinetuneSettings, RECIPES, HELP, argv, evaluate=dict(
+            metavar="CHECKPOINT", type=os.path.expanduser, help="print the test accuracy of a "
+            "saved classifier, in float32 unless --precision says otherwise, and train nothing"))
     if "evaluate" in given:
         return evaluate_classifier(given)
+    checkpoint = None
     if "resume" in given:
         settings, checkpoint = pretrain.resumed_settings(FinetuneSettings, "classifier", given)
     else:
-        settings, checkpoint = new_settings(given), None
+        settings = new_settings(given)
     machine, settings = pretrain.join_machine(settings)
-    (probe if settings.mode == "linear" else finetune)(settings, machine, checkpoint)
+    train = probe if settings.mode == "linear" else finetune
+    train(settings, machine, checkpoint)
     machine.leave()
 
 
@@ -102,12 +105,15 @@ def new_settings(given: dict) -> FinetuneSettings:
     Raises BadInput, OSError."""
     init, linear = given.get("init"), given.get("mode") == "linear"
     recipe = given.get("recipe", "laptop")
-    defaults = RECIPES[recipe] | (LINEAR if linear else {} if init else FROM_SCRATCH[recipe])
+    defaults = dict(RECIPES[recipe])
+    if linear and not init:
+        raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
     if linear:
-        pretrain.refuse_other(given, PROBE, "a linear probe")
-        if not init:
-            raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
-    if init:
+        pretrain.refuse_other(given, PROBE_FIXED, "a linear probe")
+        defaults |= PROBE_DEFAULTS
+    if not init:
+        defaults |= FROM_SCRATCH[recipe]
+    else:
         checkpoint = data.load_checkpoint(init, "pretrain")
         saved = pretrain.saved_settings(PretrainSettings, checkpoint, init)
         sizes = data.model_settings(mae.Encoder, saved)
@@ -117,6 +123,9 @@ def new_settings(given: dict) -> FinetuneSettings:
             defaults |= dict(dataset="shapes")              # of the run should not depend on it
         elif saved["dataset"] != "cifar10":
             given = dict(dataset=saved["dataset"]) | given
+        same = given.get("dataset", saved["dataset"]) == saved["dataset"]
+        if same and os.path.isdir(saved["data_dir"]):
+            defaults |= dict(data_dir=saved["data_dir"])
     kind = "linear" if linear else "finetune" if init else "scratch"
     defaults |= dict(out=pretrain.run_folder(kind, given))
     return FinetuneSettings(**defaults | given)
@@ -282,16 +291,15 @@ def load_encoder(classifier: mae.ViTClassifier, settings: FinetuneSettings,
     set or may have seen validation images. Raises BadInput, OSError."""
     autoencoder, checkpoint = data.load_model(settings.init, "pretrain")
     classifier.load_state_dict(autoencoder.encoder.state_dict(), strict=False)  # all but the head
-    saved = checkpoint["settings"]
-    notes = {
-        f"has done {checkpoint['epoch']} of its {saved['epochs']} epochs":
-            checkpoint["epoch"] < saved["epochs"],
-        f"was pre-trained on {saved['dataset']}, not on {settings.dataset}":
-            saved["dataset"] != settings.dataset,
-        "may have seen validation images, without labels":
-            saved["dataset"] == settings.dataset and settings.validation > saved["validation"]}
-    for note, holds in notes.items():
-        if holds and machine.main:
+    saved, notes = checkpoint["settings"], []
+    if checkpoint["epoch"] < saved["epochs"]:
+        notes.append(f"has done {checkpoint['epoch']} of its {saved['epochs']} epochs")
+    if saved["dataset"] != settings.dataset:
+        notes.append(f"was pre-trained on {saved['dataset']}, not on {settings.dataset}")
+    elif settings.validation > saved["validation"]:
+        notes.append("may have seen validation images, without labels")
+    for note in notes:
+        if machine.main:
             print(f"note: {settings.init} {note}", file=sys.stderr)
 
 

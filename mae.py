@@ -112,7 +112,7 @@ class PatchShuffle(nn.Module):
         K = round(N * (1 - self.mask_ratio))
         if not 0 < K < N:
             kind = "visible" if K <= 0 else "masked"
-            raise ValueError(f"mask ratio {self.mask_ratio} leaves no {kind} patch out of {N}")
+            raise ValueError(f"a ratio of {self.mask_ratio} leaves no {kind} patch out of {N}")
         return K
 
     def forward(self, tokens: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +156,7 @@ class Attention(nn.Module):
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """How much each token attends to each other token: (B, h, T, T), rows sum to 1.
 
-        The softmax is in float32: more exact, and on a CPU faster than in bfloat16 for few tokens.
+        The softmax is in float32: more precise, and on a CPU faster than in bf16 for few tokens.
         """
         scale = q.shape[-1] ** -0.5
         scores = (q * scale) @ k.transpose(-2, -1)          # (B, h, T, T)
@@ -165,7 +165,7 @@ class Attention(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         B, T, D = tokens.shape
         q, k, v = self.split_heads(tokens)                  # each (B, h, T, D/h)
-        if q.device.type == "cpu":                          # faster there if T is small
+        if q.device.type == "cpu":                          # faster there, above all in bf16
             mixed = self.weights(q, k) @ v
         else:                                               # the same, without (T, T) in memory
             mixed = F.scaled_dot_product_attention(q, k, v)
@@ -348,7 +348,7 @@ class Decoder(nn.Module):
 class MAEViT(nn.Module):
     """The masked autoencoder (MAE, figure 1). Raises ValueError if the sizes do not fit together.
 
-    norm_pix_loss: predict each patch normalised by its own mean and standard deviation, instead of
+    norm_pix_loss: predict each patch normalized by its own mean and standard deviation, instead of
     its pixels (MAE, section 3, "Reconstruction target").
     """
 

@@ -74,7 +74,7 @@ SHARE = number(float, 0, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is set for a run of pretrain.py or finetune.py. Each field is a flag."""
+    """What is set for a run of pretrain.py or finetune.py. Each field but `command` is a flag."""
     recipe: str = flag("laptop", "set of defaults", choices=["laptop", "lunch", "full"])
     dataset: str = flag("auto", "auto: CIFAR-10 if it is there or can be downloaded, or else the "
                         "drawn shapes", choices=["auto", *data.DATASETS])
@@ -115,12 +115,12 @@ class Settings:
     checkpoint_every: int = flag(1, "epochs from checkpoint to checkpoint")
     out: str | None = flag(None, "run folder (default: in runs/, named after the run)",
                            type=os.path.expanduser)
-    command: str = ""           # that started the run; not a flag
+    command: str = ""           # that started the run
 
     @property
     def start(self) -> str:
         """With what weights training begins, in words."""
-        return "from scratch"
+        return "random weights"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,12 +153,14 @@ PICTURED = 12                   # the first ones of these, for the reconstructio
 
 
 def main(argv: list[str] | None = None) -> None:
-    given = parse_flags(PretrainSettings, RECIPES, "Pre-train a masked autoencoder.", argv)
+    given = parse_flags("pretrain.py", PretrainSettings, RECIPES,
+                        "Pre-train a masked autoencoder.", argv)
+    checkpoint = None
     if "resume" in given:
         settings, checkpoint = resumed_settings(PretrainSettings, "pretrain", given)
     else:
-        recipe, out = RECIPES[given.get("recipe", "laptop")], run_folder("pretrain", given)
-        settings, checkpoint = PretrainSettings(**recipe | {"out": out} | given), None
+        defaults = RECIPES[given.get("recipe", "laptop")] | {"out": run_folder("pretrain", given)}
+        settings = PretrainSettings(**defaults | given)
     machine, settings = join_machine(settings)
     pretrain(settings, machine, checkpoint)
     machine.leave()
@@ -237,10 +239,10 @@ def train(run: "Run", model: nn.Module, objective: Callable, count: int, make_ba
             for optimizer in run.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            if progress.advance() and machine.main:         # only here the device is waited for
+            if progress.advance() and machine.main:         # reading the loss waits for the device
                 progress.show(f"epoch {epoch}/{epochs}  step {step + 1}/{steps}  "
                               f"loss {logged[-1][0] * machine.processes:.4f}")
-        trained = machine.sum(torch.stack(logged)).mean(dim=0).tolist()     # waits for the device
+        trained = machine.sum(torch.stack(logged)).mean(dim=0).tolist()
         speed = steps * settings.batch_size / (time.monotonic() - began)
         tested = test(precise=epoch == epochs) if machine.main else []
         if not all(map(math.isfinite, [*trained, *tested])):
@@ -386,7 +388,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     takes a singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. In the end those that began above
     0.0015 are between 0.68 and 1.21.
     """
-    if matrices.shape[1] > matrices.shape[2]:               # the other square matrix is smaller
+    if matrices.shape[1] > matrices.shape[2]:               # X^T X is smaller than X X^T
         return orthogonalize(matrices.mT.contiguous()).mT
     x = matrices / (matrices.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(matrices.dtype)
     for _ in range(5):
@@ -444,11 +446,13 @@ class Run:
             write_config(self.out / "config.json", settings, machine)
         train, test = self.dataset.counts()
         parameters = sum(parameter.numel() for parameter in model.parameters())
+        compiled = ", compiled" if settings.compile else ""
         print(f"recipe     {settings.recipe}: {settings.command}\n"
-              f"machine    {machine.device}, {machine.precision}{', compiled' * settings.compile}, "
+              f"machine    {machine.device}, {machine.precision}{compiled}, "
               f"threads: {torch.get_num_threads()}, processes: {machine.processes}\n"
               f"data       {self.dataset.title}: {train:,} training and {test:,} test images\n"
-              f"model      {type(model).__name__} of {parameters:,} parameters, {settings.start}\n"
+              f"model      {type(model).__name__} of {parameters:,} parameters, "
+              f"{f'resumed after epoch {len(self.log)}' if checkpoint else settings.start}\n"
               f"run        {self.out}; if it is stopped: {resume}")
         if len(self.log) >= settings.epochs:
             print(f"finished   all {len(self.log)} epochs are done; a larger --epochs goes on")
@@ -667,7 +671,10 @@ def join_machine(settings: Settings) -> tuple[Machine, Settings]:
         settings, device=name, precision=precision, compile=decide_to_compile(settings, device),
         micro_batch_size=settings.micro_batch_size or (512 if name == "cuda" else 128),
         data_dir=absolute(settings.data_dir))
-    if processes > 1:                                       # the main process may download for long
+    if processes > 1:
+        # Imported later, as by AdamW, it would keep the group alive after `leave`, and the threads
+        # of gloo, which then outlive Python, could abort the process.
+        from torch import _dynamo  # noqa: F401
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=1),
                                 device_id=device if name == "cuda" else None)
     return Machine(device, precision, rank, local_rank, processes), settings
@@ -721,12 +728,12 @@ def keep_freed_memory() -> None:
 # ------------------------------------------------------------------------------ command line
 
 
-def parse_flags(settings_class: type, recipes: dict[str, dict], description: str,
+def parse_flags(program: str, settings_class: type, recipes: dict[str, dict], description: str,
                 argv: list[str] | None, **more: dict) -> dict:
     """The flags that are given, by the names of their settings. Also `command`, the command line,
     and what is no setting: `resume` and `more` flags. Raises BadInput."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = data.Parser(description=description, allow_abbrev=False,
+    parser = data.Parser(prog=program, description=description, allow_abbrev=False,
                          argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(settings_class):
         if field.metadata:
@@ -737,8 +744,7 @@ def parse_flags(settings_class: type, recipes: dict[str, dict], description: str
                           "last checkpoint, with its own settings")
     for name, options in more.items():
         parser.add_argument(f"--{name}", **options)
-    command = shlex.join([Path(sys.modules[settings_class.__module__].__file__).name, *argv])
-    return vars(parser.parse_args(argv)) | {"command": command}
+    return vars(parser.parse_args(argv)) | {"command": shlex.join([program, *argv])}
 
 
 def shown_default(field: dataclasses.Field, recipes: dict[str, dict]) -> str:
@@ -765,9 +771,11 @@ def run_folder(kind: str, given: dict) -> str:
 def resumed_settings(settings_class: type, kind: str, given: dict) -> tuple[Settings, dict]:
     """For --resume: the settings of a run, changed as far as they may be, and its checkpoint.
     Raises BadInput, OSError."""
-    path = Path(given["resume"], "checkpoint.pt")
+    run = Path(given["resume"])
+    run = run.parent if run.is_file() else run              # its checkpoint may be named, too
+    path = run / "checkpoint.pt"
     checkpoint = data.load_checkpoint(path, kind)
-    own = saved_settings(settings_class, checkpoint, path) | {"out": given["resume"]}
+    own = saved_settings(settings_class, checkpoint, path) | {"out": str(run)}
     given = {name: value for name, value in given.items() if name not in ("resume", "command")}
     free = MAY_CHANGE | ({"epochs"} if given.get("epochs", 0) > own["epochs"] else set())
     refuse_other(given, {name: own[name] for name in own.keys() - free}, f"the run in {own['out']}")
@@ -783,7 +791,7 @@ def saved_settings(settings_class: type, checkpoint: dict, path: Path | str) -> 
     for name in saved.keys() - known:
         raise BadInput(f"{path} has the setting {name!r}, which this program does not know: use "
                        "the program that wrote it")
-    return saved
+    return dataclasses.asdict(settings_class()) | saved
 
 
 def refuse_other(given: dict, fixed: dict, owner: str) -> None:

@@ -397,8 +397,10 @@ def draw_curves(args: argparse.Namespace) -> Image.Image:
     """Losses, accuracies and learning rates of one run or several."""
     runs = {}
     for path in args.logs:
-        known = path.is_dir() and any(path.glob("*.pt"))
-        label = run_label(path, data.load_checkpoint(path)["settings"] if known else {})
+        settings = {}
+        with contextlib.suppress(BadInput, OSError):        # the log alone is enough
+            settings = data.load_checkpoint(path)["settings"]
+        label = run_label(path, settings)
         runs[label if label not in runs else str(path)] = read_log(path)
     return plot_curves(runs)
 
