@@ -590,9 +590,11 @@ def model_settings(model_class: type, settings: dict) -> dict:
 
 
 def build_model(kind: str, settings: dict, num_classes: int = 10) -> nn.Module:
-    """A new MAEViT ("pretrain") or ViTClassifier ("classifier"), as the settings say.
+    """A new MAEViT ("pretrain") or ViTClassifier ("classifier"), as the settings say. Raises
+    ValueError if they do not fit together.
 
-    Raises ValueError if they do not fit together.
+    An argument that the settings of an older checkpoint lack has the default of its class. So a new
+    argument and its flag need the same default: what the older models were.
     """
     if kind == "pretrain":
         return mae.MAEViT(**model_settings(mae.MAEViT, settings))

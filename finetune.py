@@ -291,7 +291,8 @@ def load_encoder(classifier: mae.ViTClassifier, settings: FinetuneSettings,
     set or may have seen validation images. Raises BadInput, OSError."""
     autoencoder, checkpoint = data.load_model(settings.init, "pretrain")
     classifier.load_state_dict(autoencoder.encoder.state_dict(), strict=False)  # all but the head
-    saved, notes = checkpoint["settings"], []
+    saved = pretrain.saved_settings(PretrainSettings, checkpoint, settings.init)
+    notes = []
     if checkpoint["epoch"] < saved["epochs"]:
         notes.append(f"has done {checkpoint['epoch']} of its {saved['epochs']} epochs")
     if saved["dataset"] != settings.dataset:

@@ -411,6 +411,19 @@ def test_pictures_alone_are_for_pretraining_and_a_tenth_of_them_is_held_out(
     assert (tmp_path / "run" / "weights.pt").exists()
 
 
+def test_subsets_are_balanced_or_hold_images_out():
+    whole = draw_all_shapes()
+    few, again, others = (whole.balanced(7, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(few.train_images, again.train_images)
+    assert not torch.equal(few.train_images, others.train_images)
+    assert few.train_labels.bincount().tolist() == [7] * 10
+    held_out = whole.hold_out(1000)
+    assert torch.equal(held_out.train_images, whole.train_images[:-1000])
+    assert torch.equal(held_out.train_labels, whole.train_labels[:-1000])
+    assert torch.equal(held_out.test_images, whole.train_images[-1000:])
+    assert torch.equal(held_out.test_labels, whole.train_labels[-1000:])
+
+
 # ------------------------------------------------------------------------------ the programs
 
 
@@ -667,6 +680,33 @@ def test_threads_are_chosen_when_a_run_begins_and_kept(runs, flags, tmp_path, mo
     assert_same_run(out, runs["pretrain"])                  # timing has changed nothing
 
 
+def test_a_step_makes_every_tensor_on_the_device_of_the_data(monkeypatch):
+    """As a GPU would find out; here on the device `meta`, whose tensors have no values."""
+    machine = pretrain.Machine(torch.device("meta"), "fp32")
+    monkeypatch.setattr(pretrain.Machine, "autocast", lambda _: contextlib.nullcontext())
+    dataset, generator = data.make_shapes().to(machine.device), torch.Generator()
+    ids = torch.zeros(8, dtype=torch.long, device="meta")
+    for kind, settings, objective in (
+            ("pretrain", PretrainSettings(micro_batch_size=3), pretrain.masked_loss),
+            ("classifier", FinetuneSettings(micro_batch_size=3, augment="color", mix=True),
+             finetune.classify)):
+        model = pretrain.make_model(kind, settings, machine)
+        if kind == "classifier":
+            batch = finetune.labeled_batch(dataset, ids, 1, generator, settings, 64)
+        else:
+            images = data.augment(dataset.train_images[ids], settings.augment, generator)
+            batch = data.scale(images), torch.rand(8, 64, device="meta")
+        assert all(tensor.is_meta for tensor in batch)
+        pretrain.add_gradient(model, objective, batch, settings, machine)
+        for optimizer in pretrain.make_optimizers(model, settings, (0.9, 0.95))[1:]:
+            optimizer.step()                                # Muon; AdamW, torch's, refuses meta
+
+
+def test_another_seed_gives_another_run(runs, flags, tmp_path):
+    succeed(pretrain, *flags["pretrain"], "--seed", 1, "--out", tmp_path / "run")
+    assert read_log(tmp_path / "run") != read_log(runs["pretrain"])
+
+
 def test_cuda_computes_what_the_cpu_does(runs, flags, tmp_path):
     def python_with_gpu(*command) -> subprocess.CompletedProcess:
         return subprocess.run([sys.executable, *map(str, command)], env=WITH_GPU, text=True,
@@ -738,17 +778,27 @@ def test_a_run_killed_at_random_moments_ends_as_the_unbroken_one(flags, runs, tm
     """With kill -9. The processes are forked from one that has imported torch already."""
     context, rng = multiprocessing.get_context("forkserver"), random.Random(0)
     context.set_forkserver_preload(["torch._dynamo", "test_mae"])
-    for number in range(6):
-        out = tmp_path / str(number)
-        for seconds in (rng.uniform(0, 0.4), rng.uniform(0, 0.4), 120):
-            begun = (out / "checkpoint.pt").exists()
-            command = ["--resume", out] if begun else [*flags["pretrain"], "--out", out]
-            process = context.Process(target=pretrain.main, args=([*map(str, command)],))
-            process.start()
-            process.join(seconds)
-            process.kill()
-            process.join()
-        assert process.exitcode == 0
+
+    def run_for(seconds: float, *command) -> int | None:    # the exit status; None: was killed
+        process = context.Process(target=pretrain.main, args=([*map(str, command)],))
+        process.start()
+        process.join(seconds)
+        status = process.exitcode
+        process.kill()
+        process.join()
+        return status
+
+    for name in ("first", "second"):                        # the first one waits for the imports
+        began = time.monotonic()
+        assert run_for(120, *flags["pretrain"], "--out", tmp_path / name) == 0
+    length = time.monotonic() - began
+    for number in range(4):
+        out, command = tmp_path / str(number), [*flags["pretrain"], "--out", tmp_path / str(number)]
+        for seconds in (rng.uniform(0.1, 0.9) * length, rng.uniform(0.1, 0.9) * length, 120):
+            status = run_for(seconds, *command)
+            if (out / "checkpoint.pt").exists():
+                command = ["--resume", out]
+        assert status == 0
         assert_same_run(runs["pretrain"], out)
 
 
@@ -802,19 +852,18 @@ def test_a_finished_run_may_have_more_epochs_and_remembers_how_it_was_started(
     assert settings["command"].endswith(f"--epochs 3 --out {runs['pretrain']}")
 
 
-def change_settings(folder: Path, change) -> None:
-    """change(settings) of the checkpoint in a run's folder."""
-    checkpoint = data.load_checkpoint(folder)
-    change(checkpoint["settings"])
-    data.save_checkpoint(folder / "checkpoint.pt", checkpoint)
-
-
-@pytest.mark.parametrize("kind, setting", [("pretrain", "norm_pix_loss"),
-                                           ("pretrain", "image_size"), ("finetune", "repeat")])
-def test_a_checkpoint_that_is_older_than_a_setting_has_its_default(kind, setting, runs, flags,
+@pytest.mark.parametrize("kind, defaults", [("pretrain", PretrainSettings()),
+                                            ("finetune", FinetuneSettings())])
+def test_a_checkpoint_that_is_older_than_a_setting_has_its_default(kind, defaults, runs, flags,
                                                                    tmp_path):
+    """Here without most that have their defaults, but with those of the model."""
     out, older = (shutil.copytree(runs[kind], tmp_path / name) for name in ("run", "older"))
-    change_settings(older, lambda settings: settings.pop(setting))
+    model, checkpoint = data.load_model(older)
+    own = {"validation", *data.model_settings(type(model), checkpoint["settings"])}
+    changed = vars(defaults).items() ^ checkpoint["settings"].items()
+    checkpoint["settings"] = {name: value for name, value in checkpoint["settings"].items()
+                              if name in own or name in dict(changed)}
+    data.save_checkpoint(older / "checkpoint.pt", checkpoint)
     if kind == "pretrain":
         succeed(visualize, "reconstruct", "--checkpoint", older, "--out", tmp_path / "x.png")
         succeed(finetune, *flags["finetune"], "--init", older, "--out", tmp_path / "tuned")
@@ -830,7 +879,9 @@ def test_a_checkpoint_that_is_older_than_a_setting_has_its_default(kind, setting
     ("finetune", finetune, "--resume"), ("finetune", finetune, "--evaluate")])
 def test_an_unknown_setting_of_a_checkpoint_is_named(kind, program, flag, runs, tmp_path):
     out = shutil.copytree(runs[kind], tmp_path / "run")
-    change_settings(out, lambda settings: settings.update(mood="good"))
+    checkpoint = data.load_checkpoint(out)
+    checkpoint["settings"]["mood"] = "good"
+    data.save_checkpoint(out / "checkpoint.pt", checkpoint)
     assert_bad_input(tmp_path, "has the setting 'mood', which this program does not know",
                      program, flag, out)
 
@@ -861,6 +912,7 @@ def test_output_that_cannot_be_written_costs_no_result(shell, flags, tmp_path):
                           capture_output=True)
     assert done.returncode == 0 and done.stderr == ""
     assert (out / "weights.pt").exists() and (out / "curves.png").exists()
+    assert ("done  " in done.stdout) == (shell in ("{} 2>&-", "PYTHONIOENCODING=ascii {}"))
 
 
 def test_a_console_that_is_not_a_file_shows_the_time_left(monkeypatch):
@@ -1012,6 +1064,23 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(flags, 
     status, _, err = run(pretrain, *flags["pretrain"], *explosive, "--out", tmp_path / "run")
     assert status == 2 and err.count("\n") == 1 and "finite" in err and "--base-lr" in err
     assert all(value.isfinite().all() for value in read_model(tmp_path / "run").values())
+
+
+def test_a_compiler_that_does_not_work(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: 1 / 0)
+    assert_bad_input(tmp_path, "torch.compile does not work here, train with --no-compile: "
+                     "division by zero", pretrain, *flags["pretrain"], "--compile",
+                     "--out", tmp_path / "run")
+
+
+def test_too_little_memory_is_one_line_and_other_faults_keep_their_traceback(capsys):
+    for allocate in (lambda: np.empty((2**30, 2**20)), lambda: torch.empty(2**30, 2**20)):
+        with pytest.raises(SystemExit, match="2"), data.as_program():
+            allocate()
+        err = capsys.readouterr().err
+        assert err.startswith("error: out of memory") and err.count("\n") == 1
+    with pytest.raises(ZeroDivisionError), data.as_program():
+        1 / 0
 
 
 @pytest.mark.parametrize("damage, message", [

@@ -22,18 +22,19 @@ mae() { run pretrain.py "$@"; }                             # mae NAME FLAGS...
 scratch() { run finetune.py "$@"; }                         # scratch NAME FLAGS...
 use() { run finetune.py "$2" --init "$runs/$1" "${@:3}"; }  # use MAE NAME FLAGS...
 both() { mae "pretrain-$1" "${@:2}"; use "pretrain-$1" "finetune-$1" "${@:2}"; }
-probed() { mae "$1" "${@:2}" --precision fp32; use "$1" "linear-$1" --mode linear --precision fp32; }
+probed() { mae "$1" "${@:2}"; use "$1" "linear-$1" --mode linear; }
 
 laptop() {
     mae pretrain --precision fp32
     use pretrain finetune --precision fp32
-    use pretrain linear --precision fp32 --mode linear
     mae pretrain-20 --precision fp32 --epochs 20
     use pretrain-20 finetune-20-20 --precision fp32 --epochs 20 --augment crop
     both bf16 --precision bf16
     both bf16-1 --precision bf16 --seed 1
     both bf16-2 --precision bf16 --seed 2
-    scratch scratch --precision bf16
+    both default
+    use pretrain-default linear-default --mode linear
+    scratch scratch
     probed pretrain-3 --epochs 3                            # the exercises
     probed mask-50 --epochs 2 --mask-ratio 0.5
     probed mask-90 --epochs 4 --mask-ratio 0.9
