@@ -1393,7 +1393,9 @@ STATED = {      # what README.md states, and the runs behind it
     "54.9 ± 0.2 %": [f"finetune-50-labels-{seed}" for seed in range(3)],
     "32.8 ± 2.1 %": [f"scratch-50-labels-{seed}" for seed in range(3)],
     "89.96 %": ["finetune-20-20"], "92.56 %": ["gpu-wide-finetune"],
-    "93.00 %": ["finetune-afternoon"],
+    "93.00 %": ["finetune-afternoon"], "73.39 %": ["scratch"],
+    "56.8 %": ["linear-pretrain-3"], "57.0 %": ["linear-mask-50"], "54.1 %": ["linear-pixels-3"],
+    "49.2 %": ["linear-patch-8"], "53.7 %": ["linear-adamw"],
 }
 
 
