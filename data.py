@@ -231,9 +231,9 @@ def load_folder(folder: Path, image_size: int) -> Dataset:
     """
     classes = sorted(path.name for path in (folder / "train").glob("[!.]*") if path.is_dir())
     train = list_pictures(folder / "train", classes)
-    test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
-    if test:
-        test = list_pictures(test, classes)
+    tests = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
+    if tests:
+        test = list_pictures(tests[0], classes)
     else:
         count = max(1, len(train) // 10)
         test, train = train[:count], train[count:] or train
@@ -551,10 +551,9 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
     """Read a checkpoint, or the one in a run's folder. No code in it is executed.
 
     Keys: kind ("pretrain" or "classifier"), settings (a dict), epoch (epochs done), log (a dict per
-    epoch), images (how many for training and testing), command (that started the run), model (state
-    dict) and, except in weights.pt, optimizers (state dicts) and, of a linear probe, probe. Raises
-    BadInput if the file is not what the programs write, or of another kind or version; OSError if
-    it cannot be read.
+    epoch), images (how many for training and testing), model (state dict) and, except in
+    weights.pt, optimizers (state dicts) and, of a linear probe, probe. Raises BadInput if the file
+    is not what the programs write, or of another kind or version; OSError if it cannot be read.
     """
     path = Path(path)
     if path.is_dir():
@@ -669,7 +668,7 @@ class Output:
 
 
 @contextlib.contextmanager
-def for_convenience():
+def note_if_it_fails():
     """Around the writing of a log or a picture: if that fails, a line says so and the run goes
     on."""
     try:

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 import data
 import mae
 from data import COUNT, BadInput
-from pretrain import (SHARE, VIT_TINY, Machine, PretrainSettings, Run, Settings, absolute, flag)
+from pretrain import SHARE, VIT_TINY, Machine, PretrainSettings, Run, Settings, absolute, flag
 
 
 @dataclasses.dataclass(frozen=True)

@@ -193,7 +193,7 @@ def pretrain(settings: PretrainSettings, machine: "Machine", checkpoint: dict | 
 
     def save_picture(epoch: int) -> None:
         if epoch in (0, 1, settings.epochs) or epoch % settings.picture_every == 0:
-            with data.for_convenience():
+            with data.note_if_it_fails():
                 visualize.save_epoch(run.out / "reconstructions", epoch, model,
                                      test_images[:PICTURED], test_noise[:PICTURED],
                                      f"{dataset.title} test images · {run.name}")
@@ -437,12 +437,12 @@ class Run:
             self.restore(checkpoint)
         if not machine.main:
             return
-        if not checkpoint and any(self.out.glob("[!.]*")):
-            raise BadInput(f"{self.out} already holds files: to continue a run, {resume}; to start "
-                           "another one, name another folder with --out")
         if not checkpoint:
+            if any(self.out.glob("[!.]*")):
+                raise BadInput(f"{self.out} already holds files: to continue a run, {resume}; to "
+                               "start another one, name another folder with --out")
             self.save()
-        with data.for_convenience():
+        with data.note_if_it_fails():
             write_config(self.out / "config.json", settings, machine)
         train, test = self.dataset.counts()
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -497,7 +497,7 @@ class Run:
         self.log.append({"epoch": epoch, **rounded, "seconds": round(now - self.row_began, 2),
                          "images_per_second": round(speed, 1)})
         self.row_began = now
-        with data.for_convenience():
+        with data.note_if_it_fails():
             write_log(self.out / "log.csv", self.log)
         if epoch == epochs:
             self.save(weights_alone=True)
@@ -510,7 +510,7 @@ class Run:
 
     def finish(self) -> None:
         """Draw the curves."""
-        with data.for_convenience():
+        with data.note_if_it_fails():
             picture = visualize.plot_curves({self.name: self.log}, self.dataset.title)
             visualize.save(picture, self.out / "curves.png")
         print(f"done       {self.out}", flush=True)
@@ -637,7 +637,7 @@ class Machine:
     def leave(self) -> None:
         """The end. It is not reached after an error, when the others may never get here."""
         if self.processes > 1:
-            dist.barrier()                                  # leave together, or gloo may abort
+            dist.barrier()                                  # wait for the main one's last files
             dist.destroy_process_group()
 
 
@@ -674,7 +674,7 @@ def join_machine(settings: Settings) -> tuple[Machine, Settings]:
     if processes > 1:
         # Imported later, as by AdamW, it would keep the group alive after `leave`, and the threads
         # of gloo, which then outlive Python, could abort the process.
-        from torch import _dynamo  # noqa: F401
+        from torch import _dynamo
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=1),
                                 device_id=device if name == "cuda" else None)
     return Machine(device, precision, rank, local_rank, processes), settings

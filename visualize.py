@@ -281,8 +281,12 @@ def save_epoch(folder: Path, epoch: int, model: mae.MAEViT, images: Tensor, nois
     np.save(array, tiles.numpy())
     data.write_file(folder / f"epoch-{epoch:04}.npy", array.getvalue())
     caption += f" · {describe_task(model)}"
-    picture = draw_triples(tiles, f"Reconstructions after epoch {epoch}", caption, errors)
+    picture = draw_triples(tiles, title_of_epoch(epoch), caption, errors)
     save(picture, folder / f"epoch-{epoch:04}.png")
+
+
+def title_of_epoch(epoch: int) -> str:
+    return f"Reconstructions after epoch {epoch}" if epoch else "Reconstructions before training"
 
 
 def draw_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
@@ -294,11 +298,11 @@ def draw_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
     wanted = [numbers[0], *np.geomspace(1, max(numbers[-1], 1), 60 if animation else 7)]
     shown = sorted({int(numbers[abs(numbers - number).argmin()]) for number in wanted})
     if animation:
-        return [draw_triples(epochs[epoch], f"Reconstructions after epoch {epoch}", caption)
-                for epoch in shown]
+        return [draw_triples(epochs[epoch], title_of_epoch(epoch), caption) for epoch in shown]
     last = epochs[shown[-1]]                                # (B, 3, 3, H, W)
     groups = [[column("masked", last[:, 0])],
-              [column(f"epoch {epoch}", epochs[epoch][:, 1]) for epoch in shown],
+              [column(f"epoch {epoch}" if epoch else "untrained", epochs[epoch][:, 1])
+               for epoch in shown],
               [column("original", last[:, 2])]]
     return draw_grid(groups, "Reconstructions as pre-training goes on", caption)
 
