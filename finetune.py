@@ -20,6 +20,7 @@ if __name__ == "__main__":      # Ctrl-C ends the program at once: a run can be 
 
 import dataclasses
 import sys
+import time
 
 import pretrain                 # before torch: it sets how threads wait for each other
 import torch
@@ -148,51 +149,84 @@ def finetune(settings: FinetuneSettings, machine: Machine, checkpoint: dict | No
         model, settings, betas=(0.9, 0.999),                # MAE, table 9
         lr_scale=lambda name: settings.layer_decay ** layers_above(name, settings.depth))
 
-    def make_batch(ids: Tensor, epoch: int, generator: torch.Generator) -> list[Tensor]:
-        return labeled_batch(dataset, ids, epoch, generator, settings, model.num_patches)
-
-    settings = pretrain.choose_threads(settings, machine, model, classify, make_batch)
+    settings = pretrain.choose_threads(settings, machine, model)
     run = Run("classifier", settings, machine, dataset, optimizers, {"model": model})
     run.begin(checkpoint)
-
-    def test(precise: bool) -> list[float]:
-        batches = pretrain.in_batches(dataset.test_images, dataset.test_labels)
-        return pretrain.evaluate(model, classify, batches, machine, precise)
-
-    pretrain.train(run, machine.compiled(model, settings), classify,
-                   len(dataset.train_images) * settings.repeat, make_batch, test,
-                   after_epoch=lambda epoch: None)
-
-
-def labeled_batch(dataset: data.Dataset, ids: Tensor, epoch: int, generator: torch.Generator,
-                  settings: FinetuneSettings, num_patches: int) -> list[Tensor]:
-    """Images (B, 3, H, W) of -1..1; labels (B,) or, if images are mixed, (B, classes); and, if
-    patches are left out, noise (B, N)."""
-    ids = ids % len(dataset.train_images)                   # each image `repeat` times
-    images = data.augment(dataset.train_images[ids], settings.augment, generator)
-    labels = dataset.train_labels[ids]
-    if settings.mix:
-        labels = F.one_hot(labels, len(dataset.classes)).float()
-        images, labels = data.mixup_or_cutmix(images, labels, generator)
-    batch = [data.scale(images), labels]
+    compiled = machine.compiled(model, settings)            # shares the weights of `model`
     whole_epochs = round(settings.whole * settings.epochs)
-    if settings.patch_dropout and epoch <= settings.epochs - whole_epochs:
-        batch.append(torch.rand(len(ids), num_patches, generator=generator, device=images.device))
-    return batch
+
+    images_per_epoch = len(dataset.train_images) * settings.repeat
+    steps = max(1, images_per_epoch // settings.batch_size)
+    progress = data.Progress((settings.epochs - run.epoch) * steps)
+    for epoch in range(run.epoch + 1, settings.epochs + 1):
+        model.train()
+        drop_patches = settings.patch_dropout > 0 and epoch <= settings.epochs - whole_epochs
+        generator = data.seeded_generator(machine.device, settings.seed, epoch)
+        order = data.epoch_order(images_per_epoch, settings.batch_size, generator)
+        metrics = torch.zeros(steps, 2, device=machine.device)          # loss and accuracy
+        began = time.monotonic()
+        for step, ids in enumerate(order):
+            ids = ids % len(dataset.train_images)           # each image `repeat` times
+            images = data.augment(dataset.train_images[ids], settings.augment, generator)
+            labels = dataset.train_labels[ids]              # (B,)
+            if settings.mix:
+                labels = F.one_hot(labels, len(dataset.classes)).float()        # (B, classes)
+                images, labels = data.mixup_or_cutmix(images, labels, generator)
+            images = data.scale(images)                     # (B, 3, H, W) of -1..1
+            noise = torch.rand(len(ids), model.num_patches, generator=generator,
+                               device=machine.device) if drop_patches else None     # (B, N)
+            for part, share in machine.micro_batches(len(ids), settings.micro_batch_size):
+                with machine.autocast():
+                    logits = compiled(images[part], noise[part] if drop_patches else None)
+                loss, accuracy = score(logits, labels[part])
+                (loss * share).backward()
+                metrics[step] += torch.stack([loss.detach(), accuracy]) * share
+            machine.add_up_gradients(model)
+            pretrain.set_learning_rate(
+                optimizers, pretrain.learning_rate(settings, epoch - 1 + (step + 0.5) / steps))
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            if progress.advance() and machine.main:         # reading the loss waits for the device
+                progress.show(f"epoch {epoch}/{settings.epochs}  step {step + 1}/{steps}  "
+                              f"loss {metrics[step, 0] * machine.processes:.4f}")
+        trained = machine.sum(metrics).mean(dim=0).tolist()
+        speed = steps * settings.batch_size / (time.monotonic() - began)
+        if machine.main:
+            tested = evaluate(model, dataset.test_images, dataset.test_labels, machine,
+                              precise=epoch == settings.epochs)
+            names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+            values = dict(zip(names, (*trained, *tested)))
+            pretrain.refuse_infinite(values, epoch)
+            run.end_epoch(values, speed, progress.time_left())
+    run.finish()
 
 
-def classify(model: nn.Module, inputs: Tensor, labels: Tensor,
-             *noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss, and what to log: the loss and the accuracy in percent, (2,).
+def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The cross-entropy () and the accuracy in percent () of logits (B, classes).
 
-    inputs: images (B, 3, H, W) or features (B, D); labels: (B,), or (B, classes) as probabilities,
-    of which the largest counts for the accuracy; noise: (B, N), if patches are left out.
+    labels: (B,), or (B, classes) as probabilities, of which the largest counts for the accuracy.
     """
-    logits = model(inputs, *noise).float()                  # (B, classes)
+    logits = logits.float()
     loss = F.cross_entropy(logits, labels)
     labels = labels if labels.ndim == 1 else labels.argmax(dim=1)
-    accuracy = 100 * (logits.argmax(dim=1) == labels).float().mean()
-    return loss, torch.stack([loss.detach(), accuracy])
+    return loss, 100 * (logits.argmax(dim=1) == labels).float().mean()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, machine: Machine,
+             precise: bool) -> list[float]:
+    """The mean loss and the accuracy in percent of images uint8 (n, 3, H, W) with labels (n,).
+
+    precise: in float32, as after the last epoch; or else in the precision of training.
+    """
+    model.eval()
+    total = 0
+    with machine.autocast(precise):
+        for batch, batch_labels in zip(images.split(250), labels.split(250)):
+            metrics = torch.stack(score(model(data.scale(batch)), batch_labels))
+            total = total + metrics * len(batch)
+    return (total / len(images)).tolist()
 
 
 def layers_above(name: str, depth: int) -> int:
@@ -222,9 +256,7 @@ def probe(settings: FinetuneSettings, machine: Machine, checkpoint: dict | None)
     nn.init.zeros_(probe_head.weight)
     nn.init.zeros_(probe_head.bias)
     optimizers = pretrain.make_optimizers(probe_head, settings, betas=(0.9, 0.999))
-    settings = pretrain.choose_threads(
-        settings, machine, classifier, classify, lambda ids, epoch, generator:
-        (data.scale(dataset.train_images[ids]), dataset.train_labels[ids]))
+    settings = pretrain.choose_threads(settings, machine, classifier)
     run = Run("classifier", settings, machine, dataset, optimizers,
               {"model": classifier, "probe": probe_head})
     run.begin(checkpoint)
@@ -234,15 +266,37 @@ def probe(settings: FinetuneSettings, machine: Machine, checkpoint: dict | None)
     std = (var + 1e-6).sqrt()
     features, test_features = (features - mean) / std, (test_features - mean) / std
 
-    def make_batch(ids: Tensor, epoch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return features[ids], dataset.train_labels[ids]     # (B, D), (B,)
-
-    def test(precise: bool) -> list[float]:
-        batches = [(test_features, dataset.test_labels)]
-        return pretrain.evaluate(probe_head, classify, batches, machine, precise=True)
-
-    pretrain.train(run, probe_head, classify, len(features), make_batch, test,
-                   lambda epoch: fold_probe(probe_head, mean, std, classifier.head))
+    steps = max(1, len(features) // settings.batch_size)
+    progress = data.Progress((settings.epochs - run.epoch) * steps)
+    for epoch in range(run.epoch + 1, settings.epochs + 1):
+        generator = data.seeded_generator(machine.device, settings.seed, epoch)
+        order = data.epoch_order(len(features), settings.batch_size, generator)
+        metrics = torch.zeros(steps, 2, device=machine.device)          # loss and accuracy
+        began = time.monotonic()
+        for step, ids in enumerate(order):
+            with machine.autocast():
+                logits = probe_head(features[ids])          # (B, classes)
+            loss, accuracy = score(logits, dataset.train_labels[ids])
+            loss.backward()
+            metrics[step] = torch.stack([loss.detach(), accuracy])
+            pretrain.set_learning_rate(
+                optimizers, pretrain.learning_rate(settings, epoch - 1 + (step + 0.5) / steps))
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            if progress.advance() and machine.main:
+                progress.show(f"epoch {epoch}/{settings.epochs}")
+        trained = metrics.mean(dim=0).tolist()
+        speed = steps * settings.batch_size / (time.monotonic() - began)
+        if machine.main:
+            with torch.no_grad():
+                tested = torch.stack(score(probe_head(test_features), dataset.test_labels)).tolist()
+            names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+            values = dict(zip(names, (*trained, *tested)))
+            pretrain.refuse_infinite(values, epoch)
+            fold_probe(probe_head, mean, std, classifier.head)
+            run.end_epoch(values, speed, progress.time_left())
+    run.finish()
 
 
 @torch.no_grad()
@@ -255,8 +309,8 @@ def compute_features(classifier: mae.ViTClassifier, images: Tensor, machine: Mac
     classifier.eval()
     progress, features = data.Progress(len(images)), []
     with machine.autocast(precise):
-        for (batch,) in pretrain.in_batches(images):
-            features.append(classifier.features(batch).float())
+        for batch in images.split(250):
+            features.append(classifier.features(data.scale(batch)).float())
             if progress.advance(len(batch)) and machine.main:
                 progress.show("computing features")
     return torch.cat(features)
@@ -325,9 +379,8 @@ def evaluate_classifier(given: dict) -> None:
         if dataset.name != saved["dataset"]:
             print(f"note: it was trained on {saved['dataset']}, not on {dataset.name}",
                   file=sys.stderr)
-        batches = pretrain.in_batches(dataset.test_images, dataset.test_labels)
-        loss, accuracy = pretrain.evaluate(model.to(machine.device), classify, batches, machine,
-                                           precise=False)
+        loss, accuracy = evaluate(model.to(machine.device), dataset.test_images,
+                                  dataset.test_labels, machine, precise=False)
         print(f"{dataset.title}, {len(dataset.test_images):,} test images: loss {loss:.4f}\n"
               f"test accuracy {accuracy:.2f} %")
     machine.leave()

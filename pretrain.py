@@ -7,7 +7,7 @@ epoch (log.csv), the state to resume from (checkpoint.pt), the final weights in 
 Read from top to bottom: settings and recipes, `main`, the story (`pretrain`), and then what the
 story calls, in this order:
 
-    training      one loop, from batch to loss to step; learning rate, evaluation
+    training      learning rate
     optimizers    AdamW and Muon
     plumbing      the run folder; data, model and threads; processes and device; the command line
 
@@ -36,7 +36,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -170,112 +170,83 @@ def pretrain(settings: PretrainSettings, machine: "Machine", checkpoint: dict | 
     """Hide most of each training image, predict it, and keep a run folder while doing so (MAE,
     section 3 and appendix A.1).
 
-    checkpoint: that of the run that is resumed, or None.
+    checkpoint: that of the run that is resumed, or None. Raises BadInput if the loss is not finite.
     """
     dataset, settings = load_data(settings, machine)
     model = make_model("pretrain", settings, machine)
     optimizers = make_optimizers(model, settings, betas=(0.9, 0.95))    # MAE, table 8
-
-    def make_batch(ids: Tensor, epoch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        images = data.augment(dataset.train_images[ids], settings.augment, generator)
-        noise = torch.rand(len(ids), model.encoder.num_patches, generator=generator,
-                           device=machine.device)           # (B, N)
-        return data.scale(images), noise                    # (B, 3, H, W) of -1..1, (B, N)
-
-    settings = choose_threads(settings, machine, model, masked_loss, make_batch)
+    settings = choose_threads(settings, machine, model)
     run = Run("pretrain", settings, machine, dataset, optimizers, {"model": model})
     run.begin(checkpoint)
+    compiled = machine.compiled(model, settings)            # shares the weights of `model`
     test_images = dataset.test_images[:TEST_IMAGES]
     test_noise = visualize.random_noise(test_images, model, seed=0).to(machine.device)
+    if machine.main and run.epoch == 0:
+        save_picture(run, 0, model, test_images, test_noise)
 
-    def test(precise: bool) -> list[float]:
-        return evaluate(model, masked_loss, in_batches(test_images, test_noise), machine, precise)
-
-    def save_picture(epoch: int) -> None:
-        if epoch in (0, 1, settings.epochs) or epoch % settings.picture_every == 0:
-            with data.note_if_it_fails():
-                visualize.save_epoch(run.out / "reconstructions", epoch, model,
-                                     test_images[:PICTURED], test_noise[:PICTURED],
-                                     f"{dataset.title} test images · {run.name}")
-
-    train(run, machine.compiled(model, settings), masked_loss, len(dataset.train_images),
-          make_batch, test, save_picture)
-
-
-def masked_loss(model: nn.Module, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 3, H, W), (B, N) -> the loss, and what to log: the loss, (1,)."""
-    loss, _, _ = model(images, noise)
-    return loss, loss.detach()[None]
-
-
-# ------------------------------------------------------------------------------ training
-
-
-def train(run: "Run", model: nn.Module, objective: Callable, count: int, make_batch: Callable,
-          test: Callable, after_epoch: Callable) -> None:
-    """The training loop, from the epoch after the last checkpoint to the end of the run.
-
-    objective(model, *batch) -> a loss and what to log, (S,). count: examples per epoch;
-    make_batch(ids, epoch, generator) -> the tensors (B, ...) of a batch, the same in all processes.
-    test(precise) -> figures of the test set. after_epoch(epoch) is called in the main process, for
-    epoch 0 before training. Raises BadInput if the loss is not finite.
-    """
-    settings, machine = run.settings, run.machine
-    epochs, steps = settings.epochs, max(1, count // settings.batch_size)
-    progress = data.Progress((epochs - len(run.log)) * steps)
-    if machine.main and not run.log:
-        after_epoch(0)
-    for epoch in range(len(run.log) + 1, epochs + 1):
+    steps = max(1, len(dataset.train_images) // settings.batch_size)
+    progress = data.Progress((settings.epochs - run.epoch) * steps)
+    for epoch in range(run.epoch + 1, settings.epochs + 1):
         model.train()
         generator = data.seeded_generator(machine.device, settings.seed, epoch)
-        began, logged = time.monotonic(), []
-        for step, ids in enumerate(data.epoch_order(count, settings.batch_size, generator)):
-            lr = learning_rate(settings, epoch - 1 + (step + 0.5) / steps)      # mid-step
-            for optimizer in run.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group["lr_scale"]
-            batch = make_batch(ids, epoch, generator)
-            logged.append(add_gradient(model, objective, batch, settings, machine))
-            for optimizer in run.optimizers:
+        order = data.epoch_order(len(dataset.train_images), settings.batch_size, generator)
+        losses = torch.zeros(steps, device=machine.device)
+        began = time.monotonic()
+        for step, ids in enumerate(order):
+            images = data.augment(dataset.train_images[ids], settings.augment, generator)
+            images = data.scale(images)                     # (B, 3, H, W) of -1..1
+            noise = torch.rand(len(ids), model.encoder.num_patches, generator=generator,
+                               device=machine.device)       # (B, N)
+            for part, share in machine.micro_batches(len(ids), settings.micro_batch_size):
+                with machine.autocast():
+                    loss, _, _ = compiled(images[part], noise[part])
+                (loss * share).backward()
+                losses[step] += loss.detach() * share
+            machine.add_up_gradients(model)
+            set_learning_rate(optimizers, learning_rate(settings, epoch - 1 + (step + 0.5) / steps))
+            for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             if progress.advance() and machine.main:         # reading the loss waits for the device
-                progress.show(f"epoch {epoch}/{epochs}  step {step + 1}/{steps}  "
-                              f"loss {logged[-1][0] * machine.processes:.4f}")
-        trained = machine.sum(torch.stack(logged)).mean(dim=0).tolist()
+                progress.show(f"epoch {epoch}/{settings.epochs}  step {step + 1}/{steps}  "
+                              f"loss {losses[step] * machine.processes:.4f}")
+        train_loss = machine.sum(losses).mean().item()      # over all processes
         speed = steps * settings.batch_size / (time.monotonic() - began)
-        tested = test(precise=epoch == epochs) if machine.main else []
-        if not all(map(math.isfinite, [*trained, *tested])):
-            raise BadInput(f"the loss is not finite in epoch {epoch}; the last checkpoint is kept: "
-                           "lower --base-lr or raise --warmup in a new run")
         if machine.main:
-            after_epoch(epoch)
-            run.end_epoch([*trained, *tested], learning_rate(settings, epoch), speed,
-                          progress.time_left())
-    if machine.main:
-        run.finish()
+            test_loss = evaluate(model, test_images, test_noise, machine,
+                                 precise=epoch == settings.epochs)
+            metrics = {"loss": train_loss, "test_loss": test_loss}
+            refuse_infinite(metrics, epoch)
+            save_picture(run, epoch, model, test_images, test_noise)
+            run.end_epoch(metrics, speed, progress.time_left())
+    run.finish()
 
 
-def add_gradient(model: nn.Module, objective: Callable, batch: tuple[Tensor, ...],
-                 settings: Settings, machine: "Machine") -> Tensor:
-    """Add up the gradient of a batch, micro-batch by micro-batch and over all processes. Each
-    micro-batch is weighted by its number of images, so the sum does not depend on how the batch is
-    divided.
+def save_picture(run: "Run", epoch: int, model: nn.Module, images: Tensor, noise: Tensor) -> None:
+    """Draw the reconstructions of the first images after an epoch, if a picture is due."""
+    if epoch in (0, 1, run.settings.epochs) or epoch % run.settings.picture_every == 0:
+        with data.note_if_it_fails():
+            visualize.save_epoch(run.out / "reconstructions", epoch, model, images[:PICTURED],
+                                 noise[:PICTURED], f"{run.dataset.title} test images · {run.name}")
 
-    Returns this process's share of the mean of what the objective logs, (S,).
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Tensor, noise: Tensor, machine: "Machine",
+             precise: bool) -> float:
+    """The mean loss of images uint8 (n, 3, H, W), masked by noise (n, N).
+
+    precise: in float32, as after the last epoch; or else in the precision of training.
     """
-    logged = 0
-    shards = [machine.shard(tensor).split(settings.micro_batch_size) for tensor in batch]
-    for micro_batch in zip(*shards):
-        weight = len(micro_batch[0]) / len(batch[0])
-        with machine.autocast():
-            loss, values = objective(model, *micro_batch)
-        (loss * weight).backward()
-        logged = logged + values * weight
-    if machine.processes > 1:
-        gradients = [parameter.grad for parameter in model.parameters()]
-        vector_to_parameters(machine.sum(parameters_to_vector(gradients)), gradients)
-    return logged
+    model.eval()
+    total = 0
+    with machine.autocast(precise):
+        for batch, batch_noise in zip(images.split(250), noise.split(250)):
+            loss, _, _ = model(data.scale(batch), batch_noise)
+            total = total + loss * len(batch)
+    return (total / len(images)).item()
+
+
+# ------------------------------------------------------------------------------ training
 
 
 def learning_rate(settings: Settings, epoch: float) -> float:
@@ -290,26 +261,17 @@ def learning_rate(settings: Settings, epoch: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, objective: Callable, batches: Iterable, machine: "Machine",
-             precise: bool) -> list[float]:
-    """The mean of what the objective logs, over the batches of a whole set.
-
-    precise: in float32, as for the final figures of a run; or else in the precision of training.
-    """
-    model.eval()
-    total = count = 0
-    with machine.autocast(precise):
-        for batch in batches:
-            total = total + objective(model, *batch)[1] * len(batch[0])
-            count += len(batch[0])
-    return (total / count).tolist()
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
 
 
-def in_batches(images: Tensor, *others: Tensor):
-    """Images uint8 (n, 3, H, W) and what belongs to each, 250 at a time, the images scaled."""
-    for batch, *rest in zip(images.split(250), *(other.split(250) for other in others)):
-        yield data.scale(batch), *rest
+def refuse_infinite(metrics: dict[str, float], epoch: int) -> None:
+    """Raises BadInput if a number is infinite or NaN."""
+    if not all(map(math.isfinite, metrics.values())):
+        raise BadInput(f"the loss is not finite in epoch {epoch}; the last checkpoint is kept: "
+                       "lower --base-lr or raise --warmup in a new run")
 
 
 # ------------------------------------------------------------------------------ optimizers
@@ -322,7 +284,7 @@ def make_optimizers(model: nn.Module, settings: Settings, betas: tuple[float, fl
 
     No weight decay for biases and LayerNorms (1 dimension), tokens and position embeddings (3),
     only for matrices (2) and the patch embedding (4). lr_scale(name) is the factor of a parameter's
-    learning rate, which `train` sets at every step.
+    learning rate, which is set at every step.
     """
     adamw, muon = {}, {}                                    # (decay, scale) -> parameters
     for name, parameter in model.named_parameters():
@@ -401,12 +363,6 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 # ======================= plumbing: not needed to understand the method ========================
 # ------------------------------------------------------------------------------ run folder
 
-LOG_COLUMNS = {                 # by kind of run; then lr at the epoch's end, seconds, images/s
-    "pretrain": ("loss", "test_loss"),
-    "classifier": ("train_loss", "train_accuracy", "test_loss", "test_accuracy"),
-}
-
-
 @dataclasses.dataclass
 class Run:
     """A run folder: its log, and what its checkpoints hold. Only the main process writes to it."""
@@ -425,6 +381,11 @@ class Run:
     @property
     def name(self) -> str:
         return self.out.resolve().name
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return len(self.log)
 
     def begin(self, checkpoint: dict | None) -> None:
         """Restore the run from its checkpoint or, for a new run, write its first one; print what is
@@ -485,15 +446,15 @@ class Run:
         name = "weights.pt" if weights_alone else "checkpoint.pt"
         data.save_checkpoint(self.out / name, content)
 
-    def end_epoch(self, values: list[float], lr: float, speed: float, left: timedelta) -> None:
+    def end_epoch(self, metrics: dict[str, float], speed: float, left: timedelta) -> None:
         """Log and print an epoch, and write a checkpoint if it is due.
 
-        values: losses and accuracies, in the order of LOG_COLUMNS; lr: the learning rate at the
-        epoch's end; speed: images per second in training alone; left: the time to the end.
+        metrics: losses and accuracies; speed: images per second in training alone; left: the time
+        to the end.
         """
-        epoch, epochs, now = len(self.log) + 1, self.settings.epochs, time.monotonic()
-        values = dict(zip(LOG_COLUMNS[self.kind], values, strict=True))
-        rounded = {name: float(f"{value:.7g}") for name, value in (values | {"lr": lr}).items()}
+        epoch, epochs, now = self.epoch + 1, self.settings.epochs, time.monotonic()
+        values = metrics | {"lr": learning_rate(self.settings, epoch)}      # at the epoch's end
+        rounded = {name: float(f"{value:.7g}") for name, value in values.items()}
         self.log.append({"epoch": epoch, **rounded, "seconds": round(now - self.row_began, 2),
                          "images_per_second": round(speed, 1)})
         self.row_began = now
@@ -505,11 +466,13 @@ class Run:
             self.save()         # the last file of an epoch: a run killed earlier does it again
         shown = "  ".join(f"{name.replace('_', ' ')} {value:.2f} %" if "accuracy" in name
                           else f"{name.replace('_', ' ')} {value:.4f}"
-                          for name, value in values.items())
+                          for name, value in metrics.items())
         print(f"epoch {epoch}/{epochs}  {shown}  {speed:,.0f} images/s  {left} left", flush=True)
 
     def finish(self) -> None:
         """Draw the curves."""
+        if not self.machine.main:
+            return
         with data.note_if_it_fails():
             picture = visualize.plot_curves({self.name: self.log}, self.dataset.title)
             visualize.save(picture, self.out / "curves.png")
@@ -517,8 +480,9 @@ class Run:
 
 
 def write_log(path: Path, log: list[dict]) -> None:
-    """log.csv, whole."""
-    lines = [log[0].keys(), *(row.values() for row in log)]
+    """log.csv, whole. A row may lack a column that other rows have."""
+    columns = list(dict.fromkeys(name for row in log for name in row))
+    lines = [columns, *([row.get(name, "") for name in columns] for row in log)]
     data.write_file(path, "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
 
 
@@ -568,27 +532,39 @@ def make_model(kind: str, settings: Settings, machine: "Machine",
     return model.to(machine.device)
 
 
-def choose_threads(settings: Settings, machine: "Machine", model: nn.Module, objective: Callable,
-                   make_batch: Callable) -> Settings:
+def choose_threads(settings: Settings, machine: "Machine", model: nn.Module) -> Settings:
     """The settings with a number of threads: if none is set, the one that computes a few gradients
     fastest. More threads are slower if the network is small or the machine busy. On a GPU, and with
-    several processes on a CPU, it stays as it is."""
+    several processes on a CPU, it stays as it is.
+
+    Tries 1, 2, 4, ... and stops at the first that is slower. The images are zeros.
+    """
     if settings.threads or machine.device.type != "cpu" or machine.processes > 1:
         return settings
-    most, seconds = torch.get_num_threads(), {}
-    ids = torch.zeros(min(settings.batch_size, settings.micro_batch_size)).long()
-    batch = make_batch(ids, 1, data.seeded_generator("cpu", 0))
-    for threads in {*(2**i for i in range(10) if 2**i < most), most}:
+    most, fastest, shortest = torch.get_num_threads(), 1, math.inf
+    count = min(settings.batch_size, settings.micro_batch_size, 64)
+    images = torch.zeros(count, 3, settings.image_size, settings.image_size)
+    for threads in sorted({*(2**i for i in range(10) if 2**i < most), most}):
         torch.set_num_threads(threads)
-        add_gradient(model, objective, batch, settings, machine)        # a warm-up
+        compute_gradient(model, images, machine)            # a warm-up
         began = time.monotonic()
         for _ in range(4):
-            add_gradient(model, objective, batch, settings, machine)
-        seconds[threads] = time.monotonic() - began
+            compute_gradient(model, images, machine)
+        seconds = time.monotonic() - began
+        if seconds > shortest:
+            break
+        fastest, shortest = threads, seconds
     model.zero_grad()
-    fastest = min(seconds, key=seconds.get)
     torch.set_num_threads(fastest)
     return dataclasses.replace(settings, threads=fastest)
+
+
+def compute_gradient(model: nn.Module, images: Tensor, machine: "Machine") -> None:
+    """A forward and a backward pass of any model."""
+    with machine.autocast():
+        output = model(images)                              # the loss and more, or logits
+    output = output[0] if isinstance(output, tuple) else output
+    output.sum().backward()
 
 
 # ------------------------------------------------------------------------------ machine
@@ -624,9 +600,19 @@ class Machine:
         graphs = self.device.type == "cuda" and settings.batch_size <= settings.micro_batch_size
         return torch.compile(model, mode="reduce-overhead" if graphs else None)
 
-    def shard(self, batch: Tensor) -> Tensor:
-        """This process's share of a batch: (B, ...) -> about (B / processes, ...)."""
-        return batch.tensor_split(self.processes)[self.rank]
+    def micro_batches(self, count: int, size: int) -> list[tuple[slice, float]]:
+        """How this process computes its share of a batch of `count` images: slices of at most
+        `size` images, and the weight of each. The weights of all processes add up to 1, so the sum
+        of the weighted gradients does not depend on how the batch is divided."""
+        begin, end = (count * rank // self.processes for rank in (self.rank, self.rank + 1))
+        edges = [*range(begin, end, size), end]
+        return [(slice(a, b), (b - a) / count) for a, b in zip(edges, edges[1:])]
+
+    def add_up_gradients(self, model: nn.Module) -> None:
+        """Replace the gradients by their sums over all processes."""
+        if self.processes > 1:
+            gradients = [parameter.grad for parameter in model.parameters()]
+            vector_to_parameters(self.sum(parameters_to_vector(gradients)), gradients)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, in place."""

@@ -320,23 +320,6 @@ def test_mixed_labels_are_the_shares_of_what_the_images_show():
     assert 0.63 < shares[~blended].mean() < 0.72            # boxes are cut off at the edges
 
 
-def test_labels_are_mixed_and_patches_left_out_if_the_settings_say_so():
-    images, labels = data.unscale(random_images(12)), torch.arange(12) % 4
-    dataset = data.Dataset("cifar10", "CIFAR-10", ["a class"] * 4, images, labels, images, labels)
-
-    def batch(epoch: int, **changes) -> list[torch.Tensor]:
-        settings = FinetuneSettings(augment="none", epochs=3, whole=0.34, **changes)
-        return finetune.labeled_batch(dataset, torch.arange(24), epoch,     # each image twice
-                                      data.seeded_generator("cpu", 0), settings, num_patches=16)
-
-    plain, plain_labels = batch(epoch=3)                    # the last third: no noise
-    assert data.unscale(plain).equal(images.repeat(2, 1, 1, 1))
-    assert plain_labels.equal(labels.repeat(2))
-    mixed, targets, noise = batch(epoch=2, mix=True)
-    assert noise.unique().numel() == 24 * 16
-    assert targets.shape == (24, 4) and not mixed.equal(plain)
-
-
 # A folder of pictures: three sizes, five kinds of file, names that are not ASCII, other files.
 
 CLASSES = {"apple": (220, 30, 40), "empty": None, "été": (40, 200, 60), "狗": (30, 60, 230)}
@@ -660,15 +643,43 @@ def test_layer_decay_scales_the_learning_rate_of_each_layer(runs, flags, tmp_pat
             assert changed == name.startswith("norm"), name
 
 
+@pytest.mark.parametrize("more, mixed, noisy", [("", 0, 12), ("--mix", 18, 12),
+                                                ("--patch-dropout 0", 0, 0)])
+def test_labels_are_mixed_and_patches_left_out_if_the_settings_say_so(
+        more, mixed, noisy, flags, tmp_path, monkeypatch):
+    """In three epochs of six steps: each image is shown twice, the last epoch is whole."""
+    forward, score, noises, targets = ViTClassifier.forward, finetune.score, [], []
+
+    def watch_forward(model, images, noise=None):
+        noises.extend([noise] if model.training else [])
+        return forward(model, images, noise)
+
+    def watch_score(logits, labels):
+        targets.extend([labels] if logits.requires_grad else [])
+        return score(logits, labels)
+
+    monkeypatch.setattr(ViTClassifier, "forward", watch_forward)
+    monkeypatch.setattr(finetune, "score", watch_score)
+    succeed(finetune, *flags["scratch"], "--epochs", 3, "--whole", 0.34, "--repeat", 2,
+            *more.split(), "--out", tmp_path / "run")
+    assert len(noises) == len(targets) == 18
+    assert [noise is not None for noise in noises] == [True] * noisy + [False] * (18 - noisy)
+    assert len({noise.sum().item() for noise in noises[:noisy]}) == noisy
+    assert sum(labels.ndim == 2 for labels in targets) == mixed
+    if not mixed:
+        assert torch.cat(targets[:6]).bincount().tolist() == [2 * (96 // 10 + (i < 6))
+                                                              for i in range(10)]
+
+
 def test_threads_are_chosen_when_a_run_begins_and_kept(runs, flags, tmp_path, monkeypatch):
     """Of four threads, here two are made the fastest."""
-    add_gradient, out, numbers = pretrain.add_gradient, tmp_path / "run", []
+    compute_gradient, out, numbers = pretrain.compute_gradient, tmp_path / "run", []
 
-    def add_gradient_slowly(*args) -> torch.Tensor:
+    def compute_gradient_slowly(*args) -> None:
         time.sleep(0.05 * abs(numbers[-1] - 2))
-        return add_gradient(*args)
+        compute_gradient(*args)
 
-    monkeypatch.setattr(pretrain, "add_gradient", add_gradient_slowly)
+    monkeypatch.setattr(pretrain, "compute_gradient", compute_gradient_slowly)
     monkeypatch.setattr(torch, "get_num_threads", lambda: numbers[-1] if numbers else 4)
     monkeypatch.setattr(torch, "set_num_threads", numbers.append)
     start = flags["pretrain"].index("--threads")
@@ -677,30 +688,32 @@ def test_threads_are_chosen_when_a_run_begins_and_kept(runs, flags, tmp_path, mo
                               (["--resume", out, "--threads", 3], [3])):
         numbers.clear()
         assert f"threads: {expected[-1]}, " in succeed(pretrain, *command)
-        assert sorted(numbers[:-1]) == expected[:-1] and numbers[-1] == expected[-1]
+        assert numbers == expected
     assert_same_run(out, runs["pretrain"])                  # timing has changed nothing
 
 
-def test_a_step_makes_every_tensor_on_the_device_of_the_data(monkeypatch):
-    """As a GPU would find out; here on the device `meta`, whose tensors have no values."""
-    machine = pretrain.Machine(torch.device("meta"), "fp32")
-    monkeypatch.setattr(pretrain.Machine, "autocast", lambda _: contextlib.nullcontext())
-    dataset, generator = data.make_shapes().to(machine.device), torch.Generator()
-    ids = torch.zeros(8, dtype=torch.long, device="meta")
-    for kind, settings, objective in (
-            ("pretrain", PretrainSettings(micro_batch_size=3), pretrain.masked_loss),
-            ("classifier", FinetuneSettings(micro_batch_size=3, augment="color", mix=True),
-             finetune.classify)):
-        model = pretrain.make_model(kind, settings, machine)
-        if kind == "classifier":
-            batch = finetune.labeled_batch(dataset, ids, 1, generator, settings, 64)
-        else:
-            images = data.augment(dataset.train_images[ids], settings.augment, generator)
-            batch = data.scale(images), torch.rand(8, 64, device="meta")
-        assert all(tensor.is_meta for tensor in batch)
-        pretrain.add_gradient(model, objective, batch, settings, machine)
-        for optimizer in pretrain.make_optimizers(model, settings, (0.9, 0.95))[1:]:
-            optimizer.step()                                # Muon; AdamW, torch's, refuses meta
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_a_step_makes_every_tensor_on_the_device_of_the_data(kind, flags, tmp_path, monkeypatch):
+    """As a GPU would find out. Here what is made without a device is on `meta` instead."""
+    begin, end, steps = data.augment, pretrain.Machine.add_up_gradients, []
+
+    def begin_step(*args):
+        torch.set_default_device("meta")
+        return begin(*args)
+
+    def end_step(*args) -> None:
+        end(*args)
+        torch.set_default_device(None)
+        steps.append(args)
+
+    monkeypatch.setattr(data, "augment", begin_step)
+    monkeypatch.setattr(pretrain.Machine, "add_up_gradients", end_step)
+    try:
+        succeed(KINDS[kind], *flags[kind], "--augment", "color", "--epochs", 1,
+                "--micro-batch-size", 20, "--out", tmp_path / "run")
+    finally:
+        torch.set_default_device(None)
+    assert len(steps) == 3
 
 
 def test_another_seed_gives_another_run(runs, flags, tmp_path):
