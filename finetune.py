@@ -12,14 +12,8 @@ The weights of the saved classifier load into timm's VisionTransformer. In this 
 recipes, `main`, the two ways to train (`finetune` and `probe`), and what they call. The training
 loop, the optimizers and the run folder are those of pretrain.py.
 """
-import os
-import signal
-
-if __name__ == "__main__":      # Ctrl-C ends the program at once: a run can be killed at any time
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import dataclasses
-import sys
+import os
 import time
 
 import pretrain                 # before torch: it sets how threads wait for each other
@@ -30,7 +24,8 @@ from torch.nn import functional as F
 import data
 import mae
 from data import COUNT, BadInput
-from pretrain import SHARE, VIT_TINY, Machine, PretrainSettings, Run, Settings, absolute, flag
+from pretrain import (SHARE, VIT_TINY, Machine, PretrainSettings, Run, Settings, absolute, flag,
+                      note, refuse_infinite, refuse_other, set_learning_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,79 +52,79 @@ class FinetuneSettings(Settings):
                                         type=COUNT, metavar="N")
     repeat: int = flag(1, "show each training image N times per epoch")
 
-    @property
-    def start(self) -> str:
-        return f"encoder from {self.init}" if self.init else "from scratch"
 
-
-RECIPES = {                     # what differs from the defaults above
-    "laptop": dict(),
-    "lunch": dict(epochs=44, whole=0.1, batch_size=128, base_lr=1.4e-2, augment="color"),
-    "full": dict(
-        VIT_TINY, pool="cls", epochs=100, warmup=0.05, batch_size=128, base_lr=1e-3,
-        optimizer="adamw", layer_decay=1.0, augment="none", patch_dropout=0.0),
-}
-FROM_SCRATCH = {                # what is best without --init: an eighth of the rate, no layer decay
-    "laptop": dict(base_lr=2.5e-3, layer_decay=1.0),
-    "lunch": dict(base_lr=1.75e-3, layer_decay=1.0),
-    "full": dict(),
-}
+LUNCH = dict(epochs=44, whole=0.1, batch_size=128, augment="color")
+FULL = dict(VIT_TINY, pool="cls", epochs=100, warmup=0.05, batch_size=128, base_lr=1e-3,
+            optimizer="adamw", layer_decay=1.0, augment="none", patch_dropout=0.0)
 PROBE_FIXED = dict(             # a linear probe has no use for other values of these
     optimizer="adamw", layer_decay=1.0, augment="none", patch_dropout=0.0, mix=False, whole=0.0,
     repeat=1, compile=False)
-PROBE_DEFAULTS = PROBE_FIXED | dict(    # with --mode linear, instead of the recipe's values
-    epochs=100, warmup=0.1, batch_size=512, micro_batch_size=512, base_lr=1e-2, weight_decay=0.0,
-    checkpoint_every=10)
+PROBE = dict(PROBE_FIXED, epochs=100, warmup=0.1, batch_size=512, base_lr=1e-2, weight_decay=0.0,
+             checkpoint_every=10)
+DEFAULTS = {                    # by kind of training and recipe: what differs from those above
+    "finetune": {"laptop": dict(), "lunch": dict(LUNCH, base_lr=1.4e-2), "full": FULL},
+    "scratch": {                # best from scratch: an eighth of the learning rate, no layer decay
+        "laptop": dict(base_lr=2.5e-3, layer_decay=1.0),
+        "lunch": dict(LUNCH, base_lr=1.75e-3, layer_decay=1.0), "full": FULL},
+    "linear": {"laptop": PROBE, "lunch": PROBE, "full": dict(PROBE, pool="cls")},
+}
 HELP = "Fine-tune a pre-trained encoder, probe it, or train the same network from scratch."
 
 
 def main(argv: list[str] | None = None) -> None:
-    given = pretrain.parse_flags(
-        "finetune.py", FinetuneSettings, RECIPES, HELP, argv, evaluate=dict(
-            metavar="CHECKPOINT", type=os.path.expanduser, help="print the test accuracy of a "
-            "saved classifier, in float32 unless --precision says otherwise, and train nothing"))
-    if "evaluate" in given:
-        return evaluate_classifier(given)
-    checkpoint = None
-    if "resume" in given:
-        settings, checkpoint = pretrain.resumed_settings(FinetuneSettings, "classifier", given)
+    parser = pretrain.make_parser("finetune.py", HELP, FinetuneSettings, evaluate=dict(
+        metavar="CHECKPOINT", type=os.path.expanduser, help="print the test accuracy of a saved "
+        "classifier, in float32 unless --precision says otherwise, and train nothing"))
+    typed, checkpoint = pretrain.read_flags(parser, argv), None
+    if "evaluate" in typed:
+        defaults = evaluation_settings(typed)
+    elif "resume" in typed:
+        defaults, checkpoint = pretrain.resumed_settings(FinetuneSettings, "classifier", typed)
     else:
-        settings = new_settings(given)
-    machine, settings = pretrain.join_machine(settings)
-    train = probe if settings.mode == "linear" else finetune
-    train(settings, machine, checkpoint)
+        defaults = new_settings(typed)
+    settings = pretrain.make_settings(parser, FinetuneSettings, defaults, typed)
+    machine = pretrain.join_machine(settings)
+    if "evaluate" in typed:
+        evaluate_classifier(typed["evaluate"], settings, machine)
+    elif settings.mode == "linear":
+        probe(settings, machine, checkpoint)
+    else:
+        finetune(settings, machine, checkpoint)
     machine.leave()
 
 
-def new_settings(given: dict) -> FinetuneSettings:
-    """The settings of a new run: the recipe, what the encoder and a probe fix, what is given.
-    Raises BadInput, OSError."""
-    init, linear = given.get("init"), given.get("mode") == "linear"
-    recipe = given.get("recipe", "laptop")
-    defaults = dict(RECIPES[recipe])
-    if linear and not init:
-        raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
-    if linear:
-        pretrain.refuse_other(given, PROBE_FIXED, "a linear probe")
-        defaults |= PROBE_DEFAULTS
-    if not init:
-        defaults |= FROM_SCRATCH[recipe]
-    else:
+def new_settings(typed: dict) -> dict:
+    """The defaults of a new run: its recipe, and the sizes and the data set of its encoder. Raises
+    BadInput, OSError."""
+    init = typed.get("init")
+    kind = "linear" if typed.get("mode") == "linear" else "finetune" if init else "scratch"
+    defaults = dict(DEFAULTS[kind][typed.get("recipe", "laptop")])
+    if kind == "linear":
+        if not init:
+            raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
+        refuse_other(typed, PROBE_FIXED, "a linear probe")
+    if init:
         checkpoint = data.load_checkpoint(init, "pretrain")
         saved = pretrain.saved_settings(PretrainSettings, checkpoint, init)
         sizes = data.model_settings(mae.Encoder, saved)
-        pretrain.refuse_other(given, sizes, f"the encoder of {init}")
+        refuse_other(typed, sizes, f"the encoder of {init}")
         defaults |= sizes
-        if saved["dataset"] == "shapes":                    # perhaps instead of CIFAR-10: the name
-            defaults |= dict(dataset="shapes")              # of the run should not depend on it
-        elif saved["dataset"] != "cifar10":
-            given = dict(dataset=saved["dataset"]) | given
-        same = given.get("dataset", saved["dataset"]) == saved["dataset"]
-        if same and os.path.isdir(saved["data_dir"]):
-            defaults |= dict(data_dir=saved["data_dir"])
-    kind = "linear" if linear else "finetune" if init else "scratch"
-    defaults |= dict(out=pretrain.run_folder(kind, given))
-    return FinetuneSettings(**defaults | given)
+        if saved["dataset"] in ("cifar100", "folder"):      # or else CIFAR-10, if it is there
+            defaults |= dict(dataset=saved["dataset"])
+        if typed.get("dataset", saved["dataset"]) == saved["dataset"]:
+            defaults |= data_folder(saved, init, typed)
+    return defaults | dict(out=pretrain.run_folder(kind, defaults | typed))
+
+
+def data_folder(saved: dict, path: str, typed: dict) -> dict:
+    """The setting of the data folder of a checkpoint, if it is still there. Raises BadInput if it
+    held pictures and is not."""
+    if os.path.isdir(saved["data_dir"]):
+        return dict(data_dir=saved["data_dir"])
+    if saved["dataset"] == "folder" and "data_dir" not in typed:
+        raise BadInput(f"the pictures of {path} were in {saved['data_dir']}, which is not there: "
+                       "name their folder with --data-dir")
+    return {}
 
 
 # ------------------------------------------------------------------------------ fine-tuning
@@ -141,30 +136,29 @@ def finetune(settings: FinetuneSettings, machine: Machine, checkpoint: dict | No
 
     checkpoint: that of the run that is resumed, or None.
     """
-    dataset, settings = load_labeled_data(settings, machine)
+    dataset = load_labeled_data(settings, machine)
     model = pretrain.make_model("classifier", settings, machine, len(dataset.classes))
     if settings.init and not checkpoint:
-        load_encoder(model, settings, machine)
+        load_encoder(model, settings, dataset)
     optimizers = pretrain.make_optimizers(
-        model, settings, betas=(0.9, 0.999),                # MAE, table 9
+        model, settings, machine, betas=(0.9, 0.999),       # MAE, table 9
         lr_scale=lambda name: settings.layer_decay ** layers_above(name, settings.depth))
-
-    settings = pretrain.choose_threads(settings, machine, model)
+    pretrain.choose_threads(model, settings, machine, checkpoint)
+    count = len(dataset.train_images) * settings.repeat
+    steps = max(1, count // settings.batch_size)
     run = Run("classifier", settings, machine, dataset, optimizers, {"model": model})
-    run.begin(checkpoint)
-    compiled = machine.compiled(model, settings)            # shares the weights of `model`
-    whole_epochs = round(settings.whole * settings.epochs)
+    run.begin(checkpoint, steps)
+    compiled = machine.compiled(model, settings.batch_size)     # shares the weights of `model`
+    whole_epochs = round(settings.whole * settings.epochs)      # at the end
 
-    images_per_epoch = len(dataset.train_images) * settings.repeat
-    steps = max(1, images_per_epoch // settings.batch_size)
     progress = data.Progress((settings.epochs - run.epoch) * steps)
     for epoch in range(run.epoch + 1, settings.epochs + 1):
         model.train()
         drop_patches = settings.patch_dropout > 0 and epoch <= settings.epochs - whole_epochs
         generator = data.seeded_generator(machine.device, settings.seed, epoch)
-        order = data.epoch_order(images_per_epoch, settings.batch_size, generator)
-        metrics = torch.zeros(steps, 2, device=machine.device)          # loss and accuracy
-        began = time.monotonic()
+        order = data.epoch_order(count, settings.batch_size, generator)
+        scores = torch.zeros(steps, 2, device=machine.device)          # loss and accuracy
+        began = time.perf_counter()
         for step, ids in enumerate(order):
             ids = ids % len(dataset.train_images)           # each image `repeat` times
             images = data.augment(dataset.train_images[ids], settings.augment, generator)
@@ -175,31 +169,32 @@ def finetune(settings: FinetuneSettings, machine: Machine, checkpoint: dict | No
             images = data.scale(images)                     # (B, 3, H, W) of -1..1
             noise = torch.rand(len(ids), model.num_patches, generator=generator,
                                device=machine.device) if drop_patches else None     # (B, N)
-            for part, share in machine.micro_batches(len(ids), settings.micro_batch_size):
+            for part, share in machine.micro_batches(len(ids)):
                 with machine.autocast():
                     logits = compiled(images[part], noise[part] if drop_patches else None)
                 loss, accuracy = score(logits, labels[part])
                 (loss * share).backward()
-                metrics[step] += torch.stack([loss.detach(), accuracy]) * share
+                scores[step] += torch.stack([loss.detach(), accuracy]) * share
             machine.add_up_gradients(model)
-            pretrain.set_learning_rate(
-                optimizers, pretrain.learning_rate(settings, epoch - 1 + (step + 0.5) / steps))
+            set_learning_rate(optimizers, settings, epoch - 1 + (step + 0.5) / steps)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             if progress.advance() and machine.main:         # reading the loss waits for the device
                 progress.show(f"epoch {epoch}/{settings.epochs}  step {step + 1}/{steps}  "
-                              f"loss {metrics[step, 0] * machine.processes:.4f}")
-        trained = machine.sum(metrics).mean(dim=0).tolist()
-        speed = steps * settings.batch_size / (time.monotonic() - began)
+                              f"loss {scores[step, 0] * machine.processes:.4f}")
+        trained = machine.sum(scores).mean(dim=0).tolist()
+        images_per_second = steps * settings.batch_size / (time.perf_counter() - began)
         if machine.main:
-            tested = evaluate(model, dataset.test_images, dataset.test_labels, machine,
-                              precise=epoch == settings.epochs)
-            names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-            values = dict(zip(names, (*trained, *tested)))
-            pretrain.refuse_infinite(values, epoch)
-            run.end_epoch(values, speed, progress.time_left())
+            fp32 = epoch == settings.epochs                 # the last one, which is reported
+            tested = evaluate(model, dataset.test_images, dataset.test_labels, machine, fp32)
+            metrics = dict(zip(METRICS, (*trained, *tested)))
+            refuse_infinite(metrics, epoch)
+            run.end_epoch(metrics, images_per_second, progress.time_left())
     run.finish()
+
+
+METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")       # in log.csv
 
 
 def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,17 +210,15 @@ def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, machine: Machine,
-             precise: bool) -> list[float]:
+             fp32: bool) -> list[float]:
     """The mean loss and the accuracy in percent of images uint8 (n, 3, H, W) with labels (n,).
-
-    precise: in float32, as after the last epoch; or else in the precision of training.
-    """
+    fp32: in float32, or else in the precision of training."""
     model.eval()
-    total = 0
-    with machine.autocast(precise):
-        for batch, batch_labels in zip(images.split(250), labels.split(250)):
-            metrics = torch.stack(score(model(data.scale(batch)), batch_labels))
-            total = total + metrics * len(batch)
+    total, size = 0, machine.micro_batch_size
+    with machine.autocast(fp32):
+        for batch, batch_labels in zip(images.split(size), labels.split(size)):
+            scores = torch.stack(score(model(data.scale(batch)), batch_labels))
+            total = total + scores * len(batch)
     return (total / len(images)).tolist()
 
 
@@ -244,72 +237,66 @@ def layers_above(name: str, depth: int) -> int:
 
 def probe(settings: FinetuneSettings, machine: Machine, checkpoint: dict | None) -> None:
     """Train a linear layer on the features of a frozen encoder, which are computed once (MAE,
-    section 4.1 and appendix A.1).
+    section 4.1 and appendix A.1). Several processes all compute the same.
 
     checkpoint: that of the run that is resumed, or None.
     """
-    dataset, settings = load_labeled_data(settings, machine)
+    dataset = load_labeled_data(settings, machine)
     classifier = pretrain.make_model("classifier", settings, machine, len(dataset.classes))
     if not checkpoint:
-        load_encoder(classifier, settings, machine)
-    probe_head = nn.Linear(classifier.dim, len(dataset.classes), device=machine.device)
-    nn.init.zeros_(probe_head.weight)
-    nn.init.zeros_(probe_head.bias)
-    optimizers = pretrain.make_optimizers(probe_head, settings, betas=(0.9, 0.999))
-    settings = pretrain.choose_threads(settings, machine, classifier)
-    run = Run("classifier", settings, machine, dataset, optimizers,
-              {"model": classifier, "probe": probe_head})
-    run.begin(checkpoint)
-    features = compute_features(classifier, dataset.train_images, machine, precise=False)
-    test_features = compute_features(classifier, dataset.test_images, machine, precise=True)
+        load_encoder(classifier, settings, dataset)
+    elif checkpoint["epoch"] < settings.epochs:
+        checkpoint["log"] = []                              # it starts over, which takes a minute
+    head = nn.Linear(classifier.dim, len(dataset.classes), device=machine.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizer, = pretrain.make_optimizers(head, settings, machine, betas=(0.9, 0.999))
+    pretrain.choose_threads(classifier, settings, machine, checkpoint)
+    steps = max(1, len(dataset.train_images) // settings.batch_size)
+    run = Run("classifier", settings, machine, dataset, [], {"model": classifier})
+    run.begin(checkpoint, steps)
+    features = compute_features(classifier, dataset.train_images, machine, fp32=False)
+    test_features = compute_features(classifier, dataset.test_images, machine, fp32=True)
     var, mean = torch.var_mean(features, dim=0, correction=0)               # (D,)
     std = (var + 1e-6).sqrt()
     features, test_features = (features - mean) / std, (test_features - mean) / std
 
-    steps = max(1, len(features) // settings.batch_size)
     progress = data.Progress((settings.epochs - run.epoch) * steps)
     for epoch in range(run.epoch + 1, settings.epochs + 1):
         generator = data.seeded_generator(machine.device, settings.seed, epoch)
         order = data.epoch_order(len(features), settings.batch_size, generator)
-        metrics = torch.zeros(steps, 2, device=machine.device)          # loss and accuracy
-        began = time.monotonic()
+        scores = torch.zeros(steps, 2, device=machine.device)               # loss and accuracy
+        began = time.perf_counter()
         for step, ids in enumerate(order):
             with machine.autocast():
-                logits = probe_head(features[ids])          # (B, classes)
+                logits = head(features[ids])                # (B, classes)
             loss, accuracy = score(logits, dataset.train_labels[ids])
             loss.backward()
-            metrics[step] = torch.stack([loss.detach(), accuracy])
-            pretrain.set_learning_rate(
-                optimizers, pretrain.learning_rate(settings, epoch - 1 + (step + 0.5) / steps))
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            scores[step] = torch.stack([loss.detach(), accuracy])
+            set_learning_rate([optimizer], settings, epoch - 1 + (step + 0.5) / steps)
+            optimizer.step()
+            optimizer.zero_grad()
             if progress.advance() and machine.main:
                 progress.show(f"epoch {epoch}/{settings.epochs}")
-        trained = metrics.mean(dim=0).tolist()
-        speed = steps * settings.batch_size / (time.monotonic() - began)
+        images_per_second = steps * settings.batch_size / (time.perf_counter() - began)
         if machine.main:
-            with torch.no_grad():
-                tested = torch.stack(score(probe_head(test_features), dataset.test_labels)).tolist()
-            names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-            values = dict(zip(names, (*trained, *tested)))
-            pretrain.refuse_infinite(values, epoch)
-            fold_probe(probe_head, mean, std, classifier.head)
-            run.end_epoch(values, speed, progress.time_left())
+            tested = score(head(test_features), dataset.test_labels)
+            metrics = dict(zip(METRICS, (*scores.mean(dim=0).tolist(), *map(float, tested))))
+            refuse_infinite(metrics, epoch)
+            fold_probe(head, mean, std, classifier.head)
+            run.end_epoch(metrics, images_per_second, progress.time_left())
     run.finish()
 
 
 @torch.no_grad()
 def compute_features(classifier: mae.ViTClassifier, images: Tensor, machine: Machine,
-                     precise: bool) -> Tensor:
-    """What the head reads of each image: uint8 (n, 3, H, W) -> (n, D).
-
-    precise: in float32, so that the log has the accuracy that --evaluate prints.
-    """
+                     fp32: bool) -> Tensor:
+    """What the head reads of each image: uint8 (n, 3, H, W) -> (n, D). fp32: in float32, so that
+    the log has the accuracy that --evaluate prints."""
     classifier.eval()
     progress, features = data.Progress(len(images)), []
-    with machine.autocast(precise):
-        for batch in images.split(250):
+    with machine.autocast(fp32):
+        for batch in images.split(machine.micro_batch_size):
             features.append(classifier.features(data.scale(batch)).float())
             if progress.advance(len(batch)) and machine.main:
                 progress.show("computing features")
@@ -317,73 +304,75 @@ def compute_features(classifier: mae.ViTClassifier, images: Tensor, machine: Mac
 
 
 @torch.no_grad()
-def fold_probe(probe_head: nn.Linear, mean: Tensor, std: Tensor, head: nn.Linear) -> None:
+def fold_probe(probe: nn.Linear, mean: Tensor, std: Tensor, head: nn.Linear) -> None:
     """Write the probe, which reads normalized features, into the head, which reads plain ones:
     W (x - m) / s + b = (W / s) x + (b - (W / s) m)."""
-    head.weight.copy_(probe_head.weight / std)
-    head.bias.copy_(probe_head.bias - head.weight @ mean)
+    head.weight.copy_(probe.weight / std)
+    head.bias.copy_(probe.bias - head.weight @ mean)
 
 
 # ------------------------------------------------------------------------------ start and end
 
 
-def load_labeled_data(settings: FinetuneSettings, machine: Machine):
-    """The data set on the device, with --labels-per-class images of each class for training, and
-    the settings with its name. Raises BadInput if it has no labels."""
-    dataset, settings = pretrain.load_data(settings, machine)
+def load_labeled_data(settings: FinetuneSettings, machine: Machine) -> data.Dataset:
+    """The data set on the device, with --labels-per-class images of each class for training.
+    Raises BadInput if it has no labels."""
+    dataset = pretrain.load_data(settings, machine)
     if not dataset.classes:
         raise BadInput(f"{settings.data_dir} has no labels: put the pictures of each class into "
                        "train/CLASS/")
     if settings.labels_per_class:
         dataset = dataset.balanced(settings.labels_per_class, settings.seed)
-    return dataset, settings
+    return dataset
 
 
 def load_encoder(classifier: mae.ViTClassifier, settings: FinetuneSettings,
-                 machine: Machine) -> None:
+                 dataset: data.Dataset) -> None:
     """Copy the encoder of --init into a classifier. Says so if it is unfinished, of another data
     set or may have seen validation images. Raises BadInput, OSError."""
     autoencoder, checkpoint = data.load_model(settings.init, "pretrain")
     classifier.load_state_dict(autoencoder.encoder.state_dict(), strict=False)  # all but the head
     saved = pretrain.saved_settings(PretrainSettings, checkpoint, settings.init)
-    notes = []
     if checkpoint["epoch"] < saved["epochs"]:
-        notes.append(f"has done {checkpoint['epoch']} of its {saved['epochs']} epochs")
-    if saved["dataset"] != settings.dataset:
-        notes.append(f"was pre-trained on {saved['dataset']}, not on {settings.dataset}")
+        note(f"{settings.init} has done {checkpoint['epoch']} of its {saved['epochs']} epochs")
+    if saved["dataset"] != dataset.name:
+        note(f"{settings.init} was pre-trained on {saved['dataset']}, not on {dataset.name}")
     elif settings.validation > saved["validation"]:
-        notes.append("may have seen validation images, without labels")
-    for note in notes:
-        if machine.main:
-            print(f"note: {settings.init} {note}", file=sys.stderr)
+        note(f"{settings.init} may have seen validation images, without labels")
 
 
-def evaluate_classifier(given: dict) -> None:
-    """Print the test accuracy of a saved classifier. Raises BadInput, OSError."""
-    path = given.pop("evaluate")
-    for name in given.keys() - {"dataset", "data_dir", "limit", "device", "precision", "threads",
-                                "command"}:
-        raise BadInput(f"--{name.replace('_', '-')} means nothing to --evaluate: leave it out")
-    model, checkpoint = data.load_model(path, "classifier")
+USED_BY_EVALUATE = {"dataset", "data_dir", "limit", "device", "precision", "micro_batch_size",
+                    "threads", "evaluate", "command", "help"}
+
+
+def evaluation_settings(typed: dict) -> dict:
+    """For --evaluate: the settings of a saved classifier, except those of the machine that trained
+    it, to test it on all test images in float32. Raises BadInput, OSError."""
+    path = typed["evaluate"]
+    for name in typed.keys() - USED_BY_EVALUATE:
+        raise BadInput(f"--{name.replace('_', '-')} has no effect on --evaluate: leave it out")
+    checkpoint = data.load_checkpoint(path, "classifier")
     saved = pretrain.saved_settings(FinetuneSettings, checkpoint, path)
-    if not os.path.isdir(saved["data_dir"]):                # the weights may be from elsewhere
-        saved.pop("data_dir")
-    settings = FinetuneSettings(**saved | dict(precision="fp32", limit=None, validation=0,
-                                               labels_per_class=None, compile=False) | given)
-    machine, settings = pretrain.join_machine(settings)
-    dataset, settings = pretrain.load_data(settings, machine)
-    if len(dataset.classes) != model.head.out_features:
-        raise BadInput(f"{path} distinguishes {model.head.out_features} classes, {dataset.title} "
-                       f"has {len(dataset.classes)}: name its data set with --dataset")
+    here = dataclasses.asdict(FinetuneSettings())
+    for name in ("data_dir", "device", "micro_batch_size", "threads", "limit", "validation"):
+        saved[name] = here[name]
+    return saved | data_folder(checkpoint["settings"], path, typed) | dict(
+        precision="fp32", compile=False)
+
+
+def evaluate_classifier(path: str, settings: FinetuneSettings, machine: Machine) -> None:
+    """Print the test accuracy of a saved classifier. Raises BadInput, OSError."""
+    model, checkpoint = data.load_model(path, "classifier")
+    dataset = pretrain.load_data(settings, machine, checkpoint["classes"])
+    pretrain.refuse_other_classes(path, checkpoint["classes"], dataset)
+    trained_on = checkpoint["settings"]["dataset"]
+    if dataset.name != trained_on:
+        note(f"it was trained on {trained_on}, not on {dataset.name}")
     if machine.main:
-        if dataset.name != saved["dataset"]:
-            print(f"note: it was trained on {saved['dataset']}, not on {dataset.name}",
-                  file=sys.stderr)
         loss, accuracy = evaluate(model.to(machine.device), dataset.test_images,
-                                  dataset.test_labels, machine, precise=False)
+                                  dataset.test_labels, machine, fp32=False)
         print(f"{dataset.title}, {len(dataset.test_images):,} test images: loss {loss:.4f}\n"
               f"test accuracy {accuracy:.2f} %")
-    machine.leave()
 
 
 if __name__ == "__main__":

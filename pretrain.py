@@ -4,37 +4,31 @@ Input: images without labels. Output: a run folder with the settings (config.jso
 epoch (log.csv), the state to resume from (checkpoint.pt), the final weights in half precision
 (weights.pt), reconstructions of the same test images as training goes on, and curves.
 
-Read from top to bottom: settings and recipes, `main`, the story (`pretrain`), and then what the
-story calls, in this order:
-
-    training      learning rate
-    optimizers    AdamW and Muon
-    plumbing      the run folder; data, model and threads; processes and device; the command line
-
-`finetune.py` uses these parts too. Several processes: `torchrun --nproc-per-node 8 pretrain.py`.
+Read from top to bottom: settings and recipes, `main`, the training loop (`pretrain`), and what the
+loop calls: evaluation, learning rate, optimizers. The rest is plumbing: the run folder, data, model
+and threads, the machine, the command line. Several GPUs: `torchrun --nproc-per-node 8 pretrain.py`.
 
 Sources:
     MAE   He et al. 2021, Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377
     Muon  Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
 """
 import os
-import signal
 
-if __name__ == "__main__":      # Ctrl-C ends the program at once: a run can be killed at any time
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-if "OMP_WAIT_POLICY" not in os.environ:     # threads that wait for each other spin only briefly:
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # faster if other programs are busy, too
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():   # read when torch is imported:
+    os.environ["GOMP_SPINCOUNT"] = "5000"   # waiting threads spin briefly, faster on a busy machine
 
 import argparse
 import contextlib
 import ctypes
 import dataclasses
+import itertools
 import json
 import math
 import platform
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -56,7 +50,7 @@ from data import COUNT, BadInput, number
 
 
 def flag(default, help: str, **options):
-    """A setting: its default, which is that of the recipe `laptop`, and its flag for argparse."""
+    """A setting: its default, and the help and options of its flag."""
     if type(default) is bool:
         options["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
     elif type(default) is int:
@@ -74,7 +68,8 @@ SHARE = number(float, 0, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is set for a run of pretrain.py or finetune.py. Each field but `command` is a flag."""
+    """What is asked of a run of pretrain.py or finetune.py. Each field but `command` is a flag.
+    What "auto" and None mean on this machine is decided in `join_machine`."""
     recipe: str = flag("laptop", "set of defaults", choices=["laptop", "lunch", "full"])
     dataset: str = flag("auto", "auto: CIFAR-10 if it is there or can be downloaded, or else the "
                         "drawn shapes", choices=["auto", *data.DATASETS])
@@ -88,8 +83,8 @@ class Settings:
     warmup: float = flag(0.125, "share of the epochs in which the learning rate rises", type=SHARE)
     batch_size: int = flag(64, "images per optimizer step, over all processes")
     micro_batch_size: int | None = flag(
-        None, "images that a process computes at once; their gradients add up to that of the batch "
-        "(default: 512 on CUDA, else 128)", type=COUNT, metavar="N")
+        None, "the most images that a process computes at once; less memory, the same result "
+        "(default: 512 on CUDA, 128 on a CPU, 64 on MPS)", type=COUNT, metavar="N")
     base_lr: float = flag(1e-2, "learning rate for a batch of 256; the one used is this x batch "
                           "size / 256", type=number(float, 0, 1000))
     optimizer: str = flag("muon", "muon: orthogonalized updates for the matrices in the blocks, "
@@ -104,12 +99,12 @@ class Settings:
                         choices=data.AUGMENTATIONS)
     seed: int = flag(0, "of weights, order, augmentation, masks and the choice of labeled images",
                      type=number(int, 0, 2**32 - 1))
-    device: str = flag("auto", "auto: cuda if it is there, or else mps, or else cpu",
+    device: str = flag("auto", "auto: cuda if it is there, else cpu",
                        choices=["auto", "cpu", "cuda", "mps"])
-    precision: str = flag("auto", "bf16: matrix products in bfloat16; auto: bf16 if the hardware "
-                          "has such products", choices=["auto", "fp32", "bf16"])
-    compile: bool | None = flag(None, "compile the model with torch.compile (default: on CUDA)",
-                                action=argparse.BooleanOptionalAction)
+    precision: str = flag("auto", "bf16: matmuls in bfloat16; auto: bf16 if the hardware has bf16 "
+                          "matmuls", choices=["auto", "fp32", "bf16"])
+    compile: bool | None = flag(None, "compile the model with torch.compile (default: on CUDA, if "
+                                "it works)", action=argparse.BooleanOptionalAction)
     threads: int | None = flag(None, "threads on a CPU (default: timed when the run begins)",
                                type=number(int, 1, 1024), metavar="N")
     checkpoint_every: int = flag(1, "epochs from checkpoint to checkpoint")
@@ -117,17 +112,11 @@ class Settings:
                            type=os.path.expanduser)
     command: str = ""           # that started the run
 
-    @property
-    def start(self) -> str:
-        """With what weights training begins, in words."""
-        return "random weights"
-
 
 @dataclasses.dataclass(frozen=True)
 class PretrainSettings(Settings):
     mask_ratio: float = flag(0.75, "share of the patches that is hidden", type=SHARE)
-    norm_pix_loss: bool = flag(True, "predict each patch normalized by its own mean and standard "
-                               "deviation")
+    norm_pix_loss: bool = flag(True, "predict each patch normalized by its own mean and std")
     decoder_dim: int = flag(64, "width of the decoder")
     decoder_depth: int = flag(1, "blocks of the decoder")
     decoder_heads: int = flag(4, "attention heads of the decoder")
@@ -135,7 +124,7 @@ class PretrainSettings(Settings):
 
 
 VIT_TINY = dict(patch_size=2, dim=192, depth=12, heads=3)
-RECIPES = {                     # what differs from the defaults above
+DEFAULTS = {                    # by recipe: what differs from the defaults above
     "laptop": dict(),
     "lunch": dict(epochs=40, batch_size=128, base_lr=7e-3),
     "full": dict(
@@ -143,8 +132,6 @@ RECIPES = {                     # what differs from the defaults above
         epochs=2000, warmup=0.1, batch_size=4096, base_lr=1.5e-4, optimizer="adamw",
         augment="none", checkpoint_every=10, picture_every=50),
 }
-MAY_CHANGE = {"data_dir", "device", "precision", "compile", "micro_batch_size", "threads",
-              "checkpoint_every", "picture_every"}          # when a run is resumed
 TEST_IMAGES = 1000              # the first ones, for the test loss
 PICTURED = 12                   # the first ones of these, for the reconstructions
 
@@ -153,15 +140,15 @@ PICTURED = 12                   # the first ones of these, for the reconstructio
 
 
 def main(argv: list[str] | None = None) -> None:
-    given = parse_flags("pretrain.py", PretrainSettings, RECIPES,
-                        "Pre-train a masked autoencoder.", argv)
-    checkpoint = None
-    if "resume" in given:
-        settings, checkpoint = resumed_settings(PretrainSettings, "pretrain", given)
+    parser = make_parser("pretrain.py", "Pre-train a masked autoencoder.", PretrainSettings)
+    typed, checkpoint = read_flags(parser, argv), None
+    if "resume" in typed:
+        defaults, checkpoint = resumed_settings(PretrainSettings, "pretrain", typed)
     else:
-        defaults = RECIPES[given.get("recipe", "laptop")] | {"out": run_folder("pretrain", given)}
-        settings = PretrainSettings(**defaults | given)
-    machine, settings = join_machine(settings)
+        recipe = typed.get("recipe", "laptop")
+        defaults = DEFAULTS[recipe] | {"out": run_folder("pretrain", typed)}
+    settings = make_settings(parser, PretrainSettings, defaults, typed)
+    machine = join_machine(settings)
     pretrain(settings, machine, checkpoint)
     machine.leave()
 
@@ -172,38 +159,38 @@ def pretrain(settings: PretrainSettings, machine: "Machine", checkpoint: dict | 
 
     checkpoint: that of the run that is resumed, or None. Raises BadInput if the loss is not finite.
     """
-    dataset, settings = load_data(settings, machine)
+    dataset = load_data(settings, machine)
     model = make_model("pretrain", settings, machine)
-    optimizers = make_optimizers(model, settings, betas=(0.9, 0.95))    # MAE, table 8
-    settings = choose_threads(settings, machine, model)
+    optimizers = make_optimizers(model, settings, machine, betas=(0.9, 0.95))   # MAE, table 8
+    choose_threads(model, settings, machine, checkpoint)
+    steps = max(1, len(dataset.train_images) // settings.batch_size)
     run = Run("pretrain", settings, machine, dataset, optimizers, {"model": model})
-    run.begin(checkpoint)
-    compiled = machine.compiled(model, settings)            # shares the weights of `model`
+    run.begin(checkpoint, steps)
+    compiled = machine.compiled(model, settings.batch_size)     # shares the weights of `model`
     test_images = dataset.test_images[:TEST_IMAGES]
     test_noise = visualize.random_noise(test_images, model, seed=0).to(machine.device)
     if machine.main and run.epoch == 0:
         save_picture(run, 0, model, test_images, test_noise)
 
-    steps = max(1, len(dataset.train_images) // settings.batch_size)
     progress = data.Progress((settings.epochs - run.epoch) * steps)
     for epoch in range(run.epoch + 1, settings.epochs + 1):
         model.train()
         generator = data.seeded_generator(machine.device, settings.seed, epoch)
         order = data.epoch_order(len(dataset.train_images), settings.batch_size, generator)
         losses = torch.zeros(steps, device=machine.device)
-        began = time.monotonic()
+        began = time.perf_counter()
         for step, ids in enumerate(order):
             images = data.augment(dataset.train_images[ids], settings.augment, generator)
-            images = data.scale(images)                     # (B, 3, H, W) of -1..1
+            images = data.scale(images)                     # (B, 3, H, W), -1..1
             noise = torch.rand(len(ids), model.encoder.num_patches, generator=generator,
                                device=machine.device)       # (B, N)
-            for part, share in machine.micro_batches(len(ids), settings.micro_batch_size):
+            for part, share in machine.micro_batches(len(ids)):
                 with machine.autocast():
                     loss, _, _ = compiled(images[part], noise[part])
                 (loss * share).backward()
                 losses[step] += loss.detach() * share
             machine.add_up_gradients(model)
-            set_learning_rate(optimizers, learning_rate(settings, epoch - 1 + (step + 0.5) / steps))
+            set_learning_rate(optimizers, settings, epoch - 1 + (step + 0.5) / steps)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -211,15 +198,18 @@ def pretrain(settings: PretrainSettings, machine: "Machine", checkpoint: dict | 
                 progress.show(f"epoch {epoch}/{settings.epochs}  step {step + 1}/{steps}  "
                               f"loss {losses[step] * machine.processes:.4f}")
         train_loss = machine.sum(losses).mean().item()      # over all processes
-        speed = steps * settings.batch_size / (time.monotonic() - began)
+        images_per_second = steps * settings.batch_size / (time.perf_counter() - began)
         if machine.main:
-            test_loss = evaluate(model, test_images, test_noise, machine,
-                                 precise=epoch == settings.epochs)
+            fp32 = epoch == settings.epochs                 # the last one, which is reported
+            test_loss = evaluate(model, test_images, test_noise, machine, fp32)
             metrics = {"loss": train_loss, "test_loss": test_loss}
             refuse_infinite(metrics, epoch)
             save_picture(run, epoch, model, test_images, test_noise)
-            run.end_epoch(metrics, speed, progress.time_left())
+            run.end_epoch(metrics, images_per_second, progress.time_left())
     run.finish()
+
+
+# ------------------------------------------------------------------------------ training
 
 
 def save_picture(run: "Run", epoch: int, model: nn.Module, images: Tensor, noise: Tensor) -> None:
@@ -232,21 +222,16 @@ def save_picture(run: "Run", epoch: int, model: nn.Module, images: Tensor, noise
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, noise: Tensor, machine: "Machine",
-             precise: bool) -> float:
-    """The mean loss of images uint8 (n, 3, H, W), masked by noise (n, N).
-
-    precise: in float32, as after the last epoch; or else in the precision of training.
-    """
+             fp32: bool) -> float:
+    """The mean loss of images uint8 (n, 3, H, W), masked by noise (n, N). fp32: in float32, or else
+    in the precision of training."""
     model.eval()
-    total = 0
-    with machine.autocast(precise):
-        for batch, batch_noise in zip(images.split(250), noise.split(250)):
+    total, size = 0, machine.micro_batch_size
+    with machine.autocast(fp32):
+        for batch, batch_noise in zip(images.split(size), noise.split(size)):
             loss, _, _ = model(data.scale(batch), batch_noise)
             total = total + loss * len(batch)
     return (total / len(images)).item()
-
-
-# ------------------------------------------------------------------------------ training
 
 
 def learning_rate(settings: Settings, epoch: float) -> float:
@@ -261,7 +246,9 @@ def learning_rate(settings: Settings, epoch: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], settings: Settings,
+                      epoch: float) -> None:
+    lr = learning_rate(settings, epoch)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -277,8 +264,8 @@ def refuse_infinite(metrics: dict[str, float], epoch: int) -> None:
 # ------------------------------------------------------------------------------ optimizers
 
 
-def make_optimizers(model: nn.Module, settings: Settings, betas: tuple[float, float],
-                    lr_scale: Callable[[str], float] = lambda name: 1.0
+def make_optimizers(model: nn.Module, settings: Settings, machine: "Machine",
+                    betas: tuple[float, float], lr_scale: Callable[[str], float] = lambda name: 1.0
                     ) -> list[torch.optim.Optimizer]:
     """AdamW and, if the settings say so, Muon for the matrices inside the blocks.
 
@@ -299,7 +286,7 @@ def make_optimizers(model: nn.Module, settings: Settings, betas: tuple[float, fl
 
     optimizers = [torch.optim.AdamW(as_groups(adamw), lr=0.0, betas=betas, fused=True)]
     if muon:
-        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if machine.precision == "bf16" else torch.float32
         optimizers.append(Muon(as_groups(muon), dtype))
     return optimizers
 
@@ -312,8 +299,8 @@ class Muon(torch.optim.Optimizer):
     1 / sqrt(max(r, c)). `step` multiplies it by STEP * lr * sqrt(max(r, c)), so a weight moves by
     about STEP * lr; AdamW moves it by 0.2 to 0.4 times lr (Liu et al. 2025, arXiv 2502.16982,
     section 2.2), hence STEP. Queries, keys and values are taken as the one matrix that they share.
-    torch.optim.Muon computes matrix by matrix and in bfloat16, which is slow without bfloat16 in
-    hardware; here matrices of one shape go together, in `dtype`.
+    torch.optim.Muon computes matrix by matrix and in bfloat16, which is slow on hardware without
+    bf16 matmuls; here matrices of one shape go together, in `dtype`.
     """
     STEP, MOMENTUM = 0.4, 0.95
 
@@ -374,6 +361,9 @@ class Run:
     modules: dict[str, nn.Module]                           # by their keys in a checkpoint
     log: list[dict] = dataclasses.field(default_factory=list)   # the rows of log.csv
 
+    def __post_init__(self) -> None:                        # a resumed run needs the same data set
+        self.settings = dataclasses.replace(self.settings, dataset=self.dataset.name)
+
     @property
     def out(self) -> Path:
         return Path(self.settings.out)
@@ -387,77 +377,86 @@ class Run:
         """Epochs done."""
         return len(self.log)
 
-    def begin(self, checkpoint: dict | None) -> None:
-        """Restore the run from its checkpoint or, for a new run, write its first one; print what is
-        about to run. Raises BadInput if the checkpoint does not fit, or the folder of a new run
-        holds files."""
+    def begin(self, checkpoint: dict | None, steps: int) -> None:
+        """Restore the run from its checkpoint, if there is one. Write a checkpoint, so that the run
+        can be resumed from now on, with these settings. Print what is about to run.
+
+        steps: optimizer steps per epoch. Raises BadInput if the checkpoint does not fit.
+        """
         settings, machine, model = self.settings, self.machine, self.modules["model"]
-        resume = f"python {data.PROGRAMS[self.kind]} --resume {shlex.quote(settings.out)}"
-        self.row_began = time.monotonic()
+        self.row_began = time.perf_counter()
         if checkpoint:
             self.restore(checkpoint)
         if not machine.main:
             return
-        if not checkpoint:
-            if any(self.out.glob("[!.]*")):
-                raise BadInput(f"{self.out} already holds files: to continue a run, {resume}; to "
-                               "start another one, name another folder with --out")
-            self.save()
+        self.save()
         with data.note_if_it_fails():
+            write_log(self.out / "log.csv", self.log)
             write_config(self.out / "config.json", settings, machine)
-        train, test = self.dataset.counts()
+        init, (train, test) = getattr(settings, "init", None), self.dataset.counts()
+        start = f"encoder from {init}" if init else "from scratch"
+        resume = shell_line("python", data.PROGRAMS[self.kind], "--resume", settings.out)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        compiled = ", compiled" if settings.compile else ""
         print(f"recipe     {settings.recipe}: {settings.command}\n"
-              f"machine    {machine.device}, {machine.precision}{compiled}, "
-              f"threads: {torch.get_num_threads()}, processes: {machine.processes}\n"
+              f"machine    {machine}\n"
               f"data       {self.dataset.title}: {train:,} training and {test:,} test images\n"
               f"model      {type(model).__name__} of {parameters:,} parameters, "
-              f"{f'resumed after epoch {len(self.log)}' if checkpoint else settings.start}\n"
+              f"{f'resumed after epoch {self.epoch}' if checkpoint else start}\n"
               f"run        {self.out}; if it is stopped: {resume}")
-        if len(self.log) >= settings.epochs:
-            print(f"finished   all {len(self.log)} epochs are done; a larger --epochs goes on")
+        if self.epoch >= settings.epochs:
+            print(f"finished   all {self.epoch} epochs are done; a larger --epochs goes on")
+        elif steps * settings.epochs < 100:
+            repeat = "--repeat, " if getattr(settings, "mode", "") == "finetune" else ""
+            note(f"{steps * settings.epochs} steps are too few to learn much: a larger {repeat}"
+                 "--epochs or a smaller --batch-size helps")
         sys.stdout.flush()
 
     def restore(self, checkpoint: dict) -> None:
         """Raises BadInput if the checkpoint does not fit the modules, optimizers or data."""
-        with data.damaged_if_it_fails(self.out / "checkpoint.pt"):
-            images = checkpoint["images"]
+        path = self.out / "checkpoint.pt"
+        with data.damaged_if_it_fails(path):
+            images, before = checkpoint["images"], checkpoint["machine"]
             for key, module in self.modules.items():
                 module.load_state_dict(checkpoint[key])
             for one, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
                 one.load_state_dict(state)
             self.log = checkpoint["log"]
+            changes = [f"{key} {before[key]} -> {value}"
+                       for key, value in self.machine.describe().items() if value != before[key]]
         if images != self.dataset.counts():
             raise BadInput(f"{self.out} was trained and tested on {images} images, not on "
                            f"{self.dataset.counts()}: name the folder of its data with --data-dir")
+        refuse_other_classes(path, checkpoint["classes"], self.dataset)
+        if changes:
+            note(f"changed since the last checkpoint: {', '.join(changes)}")
 
     def save(self, weights_alone: bool = False) -> None:
         """Write checkpoint.pt, with everything that is needed to go on, or weights.pt, with the
         weights alone, in half precision, to keep and share."""
-        content = dict(kind=self.kind, settings=dataclasses.asdict(self.settings),
-                       epoch=len(self.log), log=self.log, images=self.dataset.counts(),
-                       classes=self.dataset.classes)
+        content = dict(kind=self.kind, settings=dataclasses.asdict(self.settings), epoch=self.epoch,
+                       log=self.log, images=self.dataset.counts(), classes=self.dataset.classes)
         if weights_alone:
             weights = self.modules["model"].state_dict()
             content["model"] = {name: value.half() for name, value in weights.items()}
         else:
             content |= {key: module.state_dict() for key, module in self.modules.items()}
             content["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+            content["machine"] = self.machine.describe()
         name = "weights.pt" if weights_alone else "checkpoint.pt"
         data.save_checkpoint(self.out / name, content)
 
-    def end_epoch(self, metrics: dict[str, float], speed: float, left: timedelta) -> None:
+    def end_epoch(self, metrics: dict[str, float], images_per_second: float,
+                  left: timedelta) -> None:
         """Log and print an epoch, and write a checkpoint if it is due.
 
-        metrics: losses and accuracies; speed: images per second in training alone; left: the time
-        to the end.
+        metrics: losses and accuracies; images_per_second: in training alone; left: the time to the
+        end.
         """
-        epoch, epochs, now = self.epoch + 1, self.settings.epochs, time.monotonic()
+        epoch, epochs, now = self.epoch + 1, self.settings.epochs, time.perf_counter()
         values = metrics | {"lr": learning_rate(self.settings, epoch)}      # at the epoch's end
         rounded = {name: float(f"{value:.7g}") for name, value in values.items()}
         self.log.append({"epoch": epoch, **rounded, "seconds": round(now - self.row_began, 2),
-                         "images_per_second": round(speed, 1)})
+                         "images_per_second": round(images_per_second, 1)})
         self.row_began = now
         with data.note_if_it_fails():
             write_log(self.out / "log.csv", self.log)
@@ -468,20 +467,23 @@ class Run:
         shown = "  ".join(f"{name.replace('_', ' ')} {value:.2f} %" if "accuracy" in name
                           else f"{name.replace('_', ' ')} {value:.4f}"
                           for name, value in metrics.items())
-        print(f"epoch {epoch}/{epochs}  {shown}  {speed:,.0f} images/s  {left} left", flush=True)
+        print(f"epoch {epoch}/{epochs}  {shown}  {images_per_second:,.0f} images/s  {left} left",
+              flush=True)
 
     def finish(self) -> None:
         """Draw the curves."""
-        if not self.machine.main:
-            return
-        with data.note_if_it_fails():
-            picture = visualize.plot_curves({self.name: self.log}, self.dataset.title)
-            visualize.save(picture, self.out / "curves.png")
-        print(f"done       {self.out}", flush=True)
+        if self.machine.main:
+            with data.note_if_it_fails():
+                picture = visualize.plot_curves({self.name: self.log}, self.dataset.title)
+                visualize.save(picture, self.out / "curves.png")
+            print(f"done       {self.out}", flush=True)
 
 
 def write_log(path: Path, log: list[dict]) -> None:
-    """log.csv, whole. A row may lack a column that other rows have."""
+    """Write log.csv, or remove it if there are no rows yet. A row may lack a column that others
+    have."""
+    if not log:
+        return path.unlink(missing_ok=True)
     columns = list(dict.fromkeys(name for row in log for name in row))
     lines = [columns, *([row.get(name, "") for name in columns] for row in log)]
     data.write_file(path, "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
@@ -493,33 +495,46 @@ def write_config(path: Path, settings: Settings, machine: "Machine") -> None:
     commit = None
     with contextlib.suppress(OSError):                      # git is not installed
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    config = {"settings": dataclasses.asdict(settings),
+    config = {"settings": dataclasses.asdict(settings), "machine": machine.describe(),
               "processes": machine.processes, "commit": commit,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "numpy": np.__version__, "pillow": PIL.__version__}}
     data.write_file(path, (json.dumps(config, indent=2) + "\n").encode())
 
 
+def refuse_other_classes(path: Path | str, classes: list[str], dataset: data.Dataset) -> None:
+    """Raises BadInput if the classes of a checkpoint are not those of the data set, in order.
+    Numbers, which stand in for CIFAR's names if their file is missing, count as the same."""
+    numbers = [str(label) for label in range(len(classes))]
+    if len(classes) != len(dataset.classes) or (
+            classes != dataset.classes and numbers not in (classes, dataset.classes)):
+        shown = [textwrap.shorten(", ".join(names), 200, placeholder=" ...")
+                 for names in (classes, dataset.classes)]
+        raise BadInput(f"{path} has the classes {shown[0]}, but {dataset.title} has {shown[1]}: "
+                       "name the right data set with --dataset or --data-dir")
+
+
 # ------------------------------------------------------------------------------ data and model
 
 
-def load_data(settings: Settings, machine: "Machine") -> tuple[data.Dataset, Settings]:
-    """The data set on the device, without what the settings leave out, and the settings with its
-    name. The main process reads (and downloads) the data first, then one process of each other
-    machine, then the rest."""
+def load_data(settings: Settings, machine: "Machine",
+              classes: list[str] | None = None) -> data.Dataset:
+    """The data set on the device, limited as the settings say. The main process reads (and
+    downloads) it first, then all others read it. classes: those of a classifier that is only
+    tested."""
     name = [settings.dataset]
-    for turn in range(3):
-        if turn == (0 if machine.main else 1 if machine.local_rank == 0 else 2):
-            dataset = data.load_dataset(name[0], settings.data_dir, settings.image_size)
-            name = [dataset.name]                           # what "auto" has turned out to be
-        if machine.processes > 1:
-            dist.broadcast_object_list(name)                # from the main process
-            dist.barrier()
+    if machine.main:
+        dataset = data.load_dataset(settings.dataset, settings.data_dir, settings.image_size)
+        name = [dataset.name]                               # perhaps "auto" has become "shapes"
+    if machine.processes > 1:
+        dist.broadcast_object_list(name)                    # the others wait here
+    if not machine.main:
+        dataset = data.load_dataset(name[0], settings.data_dir, settings.image_size)
     if settings.validation:
         dataset = dataset.hold_out(settings.validation)
     if settings.limit:
         dataset = dataset.limited(settings.limit)
-    return dataset.to(machine.device), dataclasses.replace(settings, dataset=dataset.name)
+    return dataset.to(machine.device)
 
 
 def make_model(kind: str, settings: Settings, machine: "Machine",
@@ -533,39 +548,32 @@ def make_model(kind: str, settings: Settings, machine: "Machine",
     return model.to(machine.device)
 
 
-def choose_threads(settings: Settings, machine: "Machine", model: nn.Module) -> Settings:
-    """The settings with a number of threads: if none is set, the one that computes a few gradients
-    fastest. More threads are slower if the network is small or the machine busy. On a GPU, and with
-    several processes on a CPU, it stays as it is.
-
-    Tries 1, 2, 4, ... and stops at the first that is slower. The images are zeros.
-    """
+def choose_threads(model: nn.Module, settings: Settings, machine: "Machine",
+                   checkpoint: dict | None) -> None:
+    """Set the number of threads on a CPU, unless --threads did: to that of the run which is resumed
+    on as many cores, or else to the fastest of 1, 2, 4, ... for a few gradients on zeros. More
+    threads are slower if the network is small or the machine busy."""
     if settings.threads or machine.device.type != "cpu" or machine.processes > 1:
-        return settings
+        return
+    before = checkpoint and checkpoint.get("machine")
+    if before and before["device"] == "cpu" and before["cores"] == os.cpu_count():
+        return torch.set_num_threads(before["threads"])
     most, fastest, shortest = torch.get_num_threads(), 1, math.inf
-    count = min(settings.batch_size, settings.micro_batch_size, 64)
+    count = min(machine.micro_batch_size, 64)
     images = torch.zeros(count, 3, settings.image_size, settings.image_size)
     for threads in sorted({*(2**i for i in range(10) if 2**i < most), most}):
         torch.set_num_threads(threads)
-        compute_gradient(model, images, machine)            # a warm-up
-        began = time.monotonic()
-        for _ in range(4):
-            compute_gradient(model, images, machine)
-        seconds = time.monotonic() - began
+        for i in range(5):
+            began = time.perf_counter() if i < 2 else began     # the first one is a warm-up
+            with machine.autocast():
+                output = model(images)                      # the loss and more, or logits
+            (output if torch.is_tensor(output) else output[0]).sum().backward()
+        seconds = time.perf_counter() - began
         if seconds > shortest:
             break
         fastest, shortest = threads, seconds
     model.zero_grad()
     torch.set_num_threads(fastest)
-    return dataclasses.replace(settings, threads=fastest)
-
-
-def compute_gradient(model: nn.Module, images: Tensor, machine: "Machine") -> None:
-    """A forward and a backward pass of any model."""
-    with machine.autocast():
-        output = model(images)                              # the loss and more, or logits
-    output = output[0] if isinstance(output, tuple) else output
-    output.sum().backward()
 
 
 # ------------------------------------------------------------------------------ machine
@@ -573,11 +581,12 @@ def compute_gradient(model: nn.Module, images: Tensor, machine: "Machine") -> No
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Where a program runs: this process, its device, how it computes."""
+    """What the settings mean on this machine, and which of its processes this one is."""
     device: torch.device
     precision: str              # "fp32" or "bf16"
+    compile: bool
+    micro_batch_size: int       # the most images that a process computes at once
     rank: int = 0               # of this process
-    local_rank: int = 0         # of this process among those on its computer
     processes: int = 1
 
     @property
@@ -585,29 +594,39 @@ class Machine:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def autocast(self, precise: bool = False):
-        """Matrix products in bfloat16, unless `precise`; weights, LayerNorms and losses stay in
-        float32."""
-        enabled = self.precision == "bf16" and not precise
+    def describe(self) -> dict:
+        """What a resumed run should find again."""
+        return dict(device=self.device.type, precision=self.precision, compile=self.compile,
+                    threads=torch.get_num_threads(), cores=os.cpu_count())
+
+    def __str__(self) -> str:
+        compiled = ", compiled" if self.compile else ""
+        return (f"{self.device}, {self.precision}{compiled}, threads: {torch.get_num_threads()}, "
+                f"processes: {self.processes}")
+
+    def autocast(self, fp32: bool = False):
+        """Matmuls in bfloat16, unless `fp32`; weights, LayerNorms and losses stay in float32."""
+        enabled = self.precision == "bf16" and not fp32
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
-    def compiled(self, model: nn.Module, settings: Settings) -> nn.Module:
+    def compiled(self, model: nn.Module, batch_size: int) -> nn.Module:
         """The model to train, sharing the weights of `model`: compiled, if that is wanted. On CUDA
-        its kernels are then replayed as one graph instead of launched one by one, unless a batch is
-        larger than a micro-batch: a replay overwrites the gradients that the last one returned, so
+        its kernels are then replayed as one graph instead of launched one by one, unless a process
+        has several micro-batches: a replay overwrites the gradients that the last one returned, so
         they could not be added up."""
-        if not settings.compile:
+        if not self.compile:
             return model
-        graphs = self.device.type == "cuda" and settings.batch_size <= settings.micro_batch_size
+        graphs = (self.device.type == "cuda"
+                  and math.ceil(batch_size / self.processes) <= self.micro_batch_size)
         return torch.compile(model, mode="reduce-overhead" if graphs else None)
 
-    def micro_batches(self, count: int, size: int) -> list[tuple[slice, float]]:
-        """How this process computes its share of a batch of `count` images: slices of at most
-        `size` images, and the weight of each. The weights of all processes add up to 1, so the sum
-        of the weighted gradients does not depend on how the batch is divided."""
+    def micro_batches(self, count: int) -> list[tuple[slice, float]]:
+        """How this process computes its part of a batch of `count` images: slices of at most a
+        micro-batch, and the weight of each. The weights of all processes add up to 1, so the sum of
+        the weighted gradients does not depend on how the batch is divided."""
         begin, end = (count * rank // self.processes for rank in (self.rank, self.rank + 1))
-        edges = [*range(begin, end, size), end]
-        return [(slice(a, b), (b - a) / count) for a, b in zip(edges, edges[1:])]
+        edges = [*range(begin, end, self.micro_batch_size), end]
+        return [(slice(a, b), (b - a) / count) for a, b in itertools.pairwise(edges)]
 
     def add_up_gradients(self, model: nn.Module) -> None:
         """Replace the gradients by their sums over all processes."""
@@ -628,77 +647,85 @@ class Machine:
             dist.destroy_process_group()
 
 
-def join_machine(settings: Settings) -> tuple[Machine, Settings]:
-    """Decide what is "auto", and join the other processes if torchrun started several. Returns the
-    Machine and the settings. Raises BadInput if the device is missing or cannot do what is
-    asked."""
-    rank, local_rank, processes = read_environment()
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    name = settings.device
-    if name == "auto":
-        name = next(name for name in there if there[name])
-    if not there[name]:
-        raise BadInput(f"--device {name}: torch finds no such device here, choose another")
-    if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise BadInput(f"process {local_rank + 1} on this machine finds "
-                       f"{torch.cuda.device_count()} GPUs: start as many processes as GPUs")
+def join_machine(settings: Settings) -> Machine:
+    """Decide what the settings mean here, and join the other processes if torchrun started several.
+    Raises BadInput if the device is missing or cannot do what is asked."""
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    processes = int(os.environ.get("WORLD_SIZE", 1))        # torchrun sets these three
     if processes > settings.batch_size:
         raise BadInput(f"--batch-size {settings.batch_size} is too small for {processes} processes")
-    device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-    if name == "cuda":
-        torch.cuda.set_device(device)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    keep_freed_memory()
+    device = find_device(settings.device, local_rank)
+    if device.type == "mps" and (settings.compile or processes > 1):
+        raise BadInput("--device mps works without --compile and in one process only")
     precision = settings.precision
     if precision == "auto":
-        precision = "bf16" if has_bf16_products(name) else "fp32"
-    settings = dataclasses.replace(
-        settings, device=name, precision=precision, compile=decide_to_compile(settings, device),
-        micro_batch_size=settings.micro_batch_size or (512 if name == "cuda" else 128),
-        data_dir=absolute(settings.data_dir))
+        precision = "bf16" if has_bf16_matmuls(device.type) else "fp32"
+    elif precision == "bf16" and not has_bf16_matmuls(device.type):
+        note("bf16 is emulated here, which may be very slow: choose --precision fp32")
+    if settings.threads:
+        cores = os.cpu_count() or 1
+        torch.set_num_threads(min(settings.threads, cores))
+        if settings.threads > cores:
+            note(f"--threads {settings.threads}: this machine has {cores} cores, so {cores}")
+    keep_freed_memory()
+    compile = works_compiled(settings.compile, device)
+    usual = {"cuda": 512, "cpu": 128, "mps": 64}[device.type]   # mps: large products were wrong
+    micro_batch_size = min(settings.micro_batch_size or usual, settings.batch_size)
     if processes > 1:
         # Imported later, as by AdamW, it would keep the group alive after `leave`, and the threads
         # of gloo, which then outlive Python, could abort the process.
         from torch import _dynamo
-        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=1),
-                                device_id=device if name == "cuda" else None)
-    return Machine(device, precision, rank, local_rank, processes), settings
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=1),
+                                device_id=device if device.type == "cuda" else None)
+    return Machine(device, precision, compile, micro_batch_size, rank, processes)
 
 
-def read_environment() -> tuple[int, int, int]:
-    """Rank, local rank and number of processes, as torchrun sets them. Raises BadInput."""
-    set_by_torchrun = [os.environ.get(name) or default for name, default in (
-        ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", ""),
-        ("MASTER_PORT", ""))]
-    *numbers, address, port = set_by_torchrun
-    if not all(map(str.isdecimal, numbers)) or (numbers[2] != "1" and not (address and port)):
-        raise BadInput("RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the "
-                       f"environment do not fit ({set_by_torchrun}): use torchrun, or unset them")
-    return tuple(map(int, numbers))
+def find_device(name: str, local_rank: int) -> torch.device:
+    """The device of this process. "auto" is a GPU that torch can use, or else the CPU. Raises
+    BadInput if another one is asked for and does not work."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(name, True):
+        raise BadInput(f"--device {name}: torch finds no such device here, choose another")
+    if name in ("cpu", "mps") or not there["cuda"]:
+        return torch.device("mps" if name == "mps" else "cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise BadInput(f"process {local_rank + 1} on this machine finds "
+                       f"{torch.cuda.device_count()} GPUs: start as many processes as GPUs")
+    device = torch.device("cuda", local_rank)
+    try:
+        torch.cuda.set_device(device)
+        torch.ones(2, device=device).sum().item()
+    except RuntimeError as error:                           # such as no kernels for this GPU
+        reason = f"torch {torch.__version__} cannot use this GPU: {str(error).splitlines()[0]}"
+        if name == "cuda":
+            raise BadInput(f"--device cuda: {reason}") from None
+        note(f"{reason}; the CPU takes its place")
+        return torch.device("cpu")
+    return device
 
 
-def has_bf16_products(device: str) -> bool:
-    """Whether the processor has matrix products in bfloat16 (on x86: AMX or AVX512-BF16)."""
+def has_bf16_matmuls(device: str) -> bool:
+    """Whether the hardware has bf16 matmuls (on x86: AMX or AVX512-BF16)."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()   # not in older torch
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    return False
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()       # not in older torch
+    return device == "cpu" and any(map(capabilities.get, ("amx_bf16", "avx512_bf16")))
 
 
-def decide_to_compile(settings: Settings, device: torch.device) -> bool:
-    """Compile if that is asked for or, by default, on CUDA; first try it on something tiny. Raises
-    BadInput if it does not work."""
-    if settings.compile is False or (settings.compile is None and device.type != "cuda"):
+def works_compiled(asked: bool | None, device: torch.device) -> bool:
+    """Whether to compile: if it is asked for or, by default, on CUDA; and if it works on something
+    tiny. If it does not, a default becomes a note. Raises BadInput if it was asked for."""
+    if asked is False or (asked is None and device.type != "cuda"):
         return False
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # a missing compiler, headers, Triton: there is no common type
-        raise BadInput(f"torch.compile does not work here, train with --no-compile: "
-                       f"{' '.join(str(error).split())[:200]}") from None
+        reason = f"torch.compile does not work here: {' '.join(str(error).split())[:200]}"
+        if asked:
+            raise BadInput(f"{reason}; train with --no-compile") from None
+        note(f"{reason}; training goes on without it, more slowly")
+        return False
     return True
 
 
@@ -715,58 +742,84 @@ def keep_freed_memory() -> None:
 # ------------------------------------------------------------------------------ command line
 
 
-def parse_flags(program: str, settings_class: type, recipes: dict[str, dict], description: str,
-                argv: list[str] | None, **more: dict) -> dict:
-    """The flags that are given, by the names of their settings. Also `command`, the command line,
-    and what is no setting: `resume` and `more` flags. Raises BadInput."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = data.Parser(prog=program, description=description, allow_abbrev=False,
-                         argument_default=argparse.SUPPRESS)
+def make_parser(program: str, description: str, settings_class: type,
+                **more: dict) -> data.Parser:
+    """One flag for each setting, --resume, --help and `more` flags. Values that are not typed are
+    left out; `make_settings` knows the defaults."""
+    parser = data.Parser(prog=program, description=description, allow_abbrev=False, add_help=False,
+                         argument_default=argparse.SUPPRESS,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in dataclasses.fields(settings_class):
         if field.metadata:
-            text = field.metadata["help"] + shown_default(field, recipes)
-            parser.add_argument(f"--{field.name.replace('_', '-')}",
-                                **field.metadata | {"help": text})
+            parser.add_argument(f"--{field.name.replace('_', '-')}", **field.metadata)
     more["resume"] = dict(metavar="RUN", type=os.path.expanduser, help="continue a run after its "
                           "last checkpoint, with its own settings")
     for name, options in more.items():
         parser.add_argument(f"--{name}", **options)
-    return vars(parser.parse_args(argv)) | {"command": shlex.join([program, *argv])}
+    parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS,
+                        help="show the flags, with the defaults of this command line")
+    return parser
 
 
-def shown_default(field: dataclasses.Field, recipes: dict[str, dict]) -> str:
-    """The default of a setting, for --help: one value, or one for each recipe."""
-    values = {name: recipe.get(field.name, field.default) for name, recipe in recipes.items()}
-    if field.default is None or field.default is False:
-        return ""
-    if len(set(values.values())) == 1:
-        return f" (default: {field.default})"
-    return f" (default: {', '.join(f'{name} {value}' for name, value in values.items())})"
+def read_flags(parser: data.Parser, argv: list[str] | None) -> dict:
+    """The flags that are typed, by name, and `command`, the command line. Raises BadInput."""
+    argv = sys.argv[1:] if argv is None else argv
+    return vars(parser.parse_args(argv)) | {"command": shell_line(parser.prog, *argv)}
 
 
-def run_folder(kind: str, given: dict) -> str:
-    """The default folder of a new run. Its name tells what is given and is not a default."""
-    recipe, dataset = given.get("recipe", "laptop"), given.get("dataset", "auto")
+def make_settings(parser: data.Parser, settings_class: type, defaults: dict,
+                  typed: dict) -> Settings:
+    """What is typed wins over `defaults`, and these over the defaults of the class. With --help the
+    result is shown, and the program ends. Raises BadInput if the folder of a new run is occupied.
+    """
+    values = dataclasses.asdict(settings_class()) | defaults
+    values |= {name: value for name, value in typed.items() if name in values}
+    settings = settings_class(**values | {"data_dir": absolute(values["data_dir"])})
+    if "help" in typed:
+        parser.set_defaults(**{name: value for name, value in vars(settings).items()
+                               if value is not None})
+        parser.print_help()
+        sys.exit(0)
+    if not {"resume", "evaluate"} & typed.keys() and any(Path(settings.out).glob("[!.]*")):
+        free = next(path for i in itertools.count(2)
+                    if not os.path.lexists(path := f"{settings.out}-{i}"))
+        raise BadInput(f"{settings.out} already holds files: to continue that run, "
+                       f"{shell_line('python', parser.prog, '--resume', settings.out)}; to start "
+                       f"another one, add {shell_line('--out', free)}")
+    return settings
+
+
+def run_folder(kind: str, typed: dict) -> str:
+    """The default folder of a new run. Its name tells what is typed and is not a default."""
+    recipe, dataset = typed.get("recipe", "laptop"), typed.get("dataset", "auto")
     parts = [kind, recipe != "laptop" and recipe,
              dataset not in ("auto", "cifar10") and dataset,
-             given.get("validation") and "validation",
-             "limit" in given and f"{given['limit']}-images",
-             "labels_per_class" in given and f"{given['labels_per_class']}-labels"]
+             typed.get("validation") and "validation",
+             "limit" in typed and f"{typed['limit']}-images",
+             "labels_per_class" in typed and f"{typed['labels_per_class']}-labels"]
     return os.path.join("runs", "-".join(filter(None, parts)))
 
 
-def resumed_settings(settings_class: type, kind: str, given: dict) -> tuple[Settings, dict]:
-    """For --resume: the settings of a run, changed as far as they may be, and its checkpoint.
-    Raises BadInput, OSError."""
-    run = Path(given["resume"])
-    run = run.parent if run.is_file() else run              # its checkpoint may be named, too
-    path = run / "checkpoint.pt"
+MAY_CHANGE = {"data_dir", "device", "precision", "compile", "micro_batch_size", "threads",
+              "checkpoint_every", "picture_every", "epochs"}        # when a run is resumed
+
+
+def resumed_settings(settings_class: type, kind: str, typed: dict) -> tuple[dict, dict]:
+    """For --resume: the settings of a run, and its checkpoint. Raises BadInput if a flag is typed
+    that may not change; OSError."""
+    path = Path(typed["resume"])
     checkpoint = data.load_checkpoint(path, kind)
-    own = saved_settings(settings_class, checkpoint, path) | {"out": str(run)}
-    given = {name: value for name, value in given.items() if name not in ("resume", "command")}
-    free = MAY_CHANGE | ({"epochs"} if given.get("epochs", 0) > own["epochs"] else set())
-    refuse_other(given, {name: own[name] for name in own.keys() - free}, f"the run in {own['out']}")
-    return settings_class(**own | given), checkpoint
+    if "optimizers" not in checkpoint:
+        raise BadInput(f"{path} has weights alone, which cannot be resumed: name a run folder with "
+                       "its checkpoint.pt")
+    out = path if path.is_dir() else path.parent            # its checkpoint may be named, too
+    own = saved_settings(settings_class, checkpoint, out / "checkpoint.pt") | {"out": str(out)}
+    typed.pop("command")                                    # the run keeps its first one
+    refuse_other(typed, {name: own[name] for name in own.keys() - MAY_CHANGE}, f"the run in {out}")
+    epochs, done = typed.get("epochs", own["epochs"]), len(checkpoint["log"])
+    if epochs != own["epochs"] and epochs <= done:
+        raise BadInput(f"--epochs {epochs}: {done} epochs are done already; give a larger number")
+    return own, checkpoint
 
 
 def saved_settings(settings_class: type, checkpoint: dict, path: Path | str) -> dict:
@@ -781,13 +834,24 @@ def saved_settings(settings_class: type, checkpoint: dict, path: Path | str) -> 
     return dataclasses.asdict(settings_class()) | saved
 
 
-def refuse_other(given: dict, fixed: dict, owner: str) -> None:
-    """Raises BadInput if a setting that is given is not that of its owner: of a run, an encoder, a
+def refuse_other(typed: dict, fixed: dict, owner: str) -> None:
+    """Raises BadInput if a setting that is typed is not that of its owner: of a run, an encoder, a
     probe."""
     for name, value in fixed.items():
-        if given.get(name, value) != value:
+        if typed.get(name, value) != value:
             raise BadInput(f"--{name.replace('_', '-')} is {value} for {owner}, not "
-                           f"{given[name]}; leave the flag out")
+                           f"{typed[name]}; leave the flag out")
+
+
+def shell_line(*words: str) -> str:
+    """A command that can be typed again, quoted as the system needs it."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def note(text: str) -> None:
+    """One line on standard error, from the main process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -522,13 +522,13 @@ def test_a_linear_probe_keeps_the_pretrained_encoder_and_fine_tuning_changes_it(
                                             ("finetune", False)])
 def test_evaluate_prints_the_last_row_of_the_log_whether_the_machine_has_bf16_or_not(
         kind, hardware, flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "has_bf16_products", lambda device: hardware)
-    succeed(finetune, *flags[kind], "--precision", "auto", "--epochs", 10, "--base-lr", 0.1,
-            "--out", tmp_path / "run")
-    assert read_settings(tmp_path / "run")["precision"] == ("bf16" if hardware else "fp32")
+    monkeypatch.setattr(pretrain, "has_bf16_matmuls", lambda device: hardware)
+    out = succeed(finetune, *flags[kind], "--precision", "auto", "--epochs", 10, "--base-lr", 0.1,
+                  "--out", tmp_path / "run")
+    assert f"machine    cpu, {'bf16' if hardware else 'fp32'}, " in out
     last = read_log(tmp_path / "run")[-1]
     assert float(last["test_accuracy"]) > 30                # chance is 10: it has learned colors
-    monkeypatch.setattr(pretrain, "has_bf16_products", lambda device: True)
+    monkeypatch.setattr(pretrain, "has_bf16_matmuls", lambda device: True)
     monkeypatch.chdir(tmp_path)                             # the run knows where its data set is
     out = succeed(finetune, "--evaluate", tmp_path / "run")
     assert out.endswith(f"test accuracy {float(last['test_accuracy']):.2f} %\n")
@@ -548,12 +548,22 @@ def test_settings_are_chosen_on_images_held_out_and_evaluated_on_the_test_images
     assert "16 test images" in out                          # a quick look is quick
 
 
-def test_help_shows_the_default_of_each_recipe():
-    text = " ".join(succeed(finetune, "--help").split())
-    for shown in ("passes over the training images (default: laptop 4, lunch 44, full 100)",
-                  "--evaluate CHECKPOINT", "--resume RUN", "labeled images (default: 0)"):
-        assert shown in text
-    assert "default: None" not in text and "default: False" not in text
+@pytest.mark.parametrize("program, command, shown", [
+    (pretrain, "", "epochs 8, base-lr 0.01, dim 128, recipe laptop"),
+    (pretrain, "--recipe full --seed 3", "epochs 2000, batch-size 4096, patch-size 2, seed 3"),
+    (pretrain, "--resume {runs}/pretrain", "epochs 3, dim 16, limit 96"),
+    (finetune, "", "base-lr 0.0025, layer-decay 1.0, epochs 4"),
+    (finetune, "--recipe lunch", "base-lr 0.00175, layer-decay 1.0, epochs 44"),
+    (finetune, "--init {runs}/pretrain", "base-lr 0.02, layer-decay 0.75, dim 16"),
+    (finetune, "--mode linear --init {runs}/pretrain", "base-lr 0.01, epochs 100, batch-size 512"),
+    (finetune, "--evaluate {runs}/finetune", "dim 16, precision fp32, device auto")])
+def test_help_shows_the_defaults_that_the_command_would_use(program, command, shown, runs):
+    command = command.format(runs=runs["pretrain"].parent)
+    text = " ".join(succeed(program, *command.split(), "--help").split())
+    assert "default: None" not in text
+    for name, value in (part.split() for part in shown.split(", ")):
+        defaults = re.search(rf" --{name} .*?\(default: (.*?)\)", text)
+        assert defaults[1] == value, name
 
 
 def test_what_is_given_wins_over_the_encoder_and_the_encoder_over_the_recipe(
@@ -603,9 +613,10 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_weight_has_its_optimizer_and_weight_decay(optimizer):
     """Weight decay spares biases, norms, tokens and positions. Muon steps matrices of blocks."""
-    model, settings = tiny_mae(), PretrainSettings(optimizer=optimizer, precision="fp32")
+    model, settings = tiny_mae(), PretrainSettings(optimizer=optimizer)
+    machine = pretrain.Machine(torch.device("cpu"), "fp32", False, 8)
     places = [(parameter, type(one).__name__, group["weight_decay"])
-              for one in pretrain.make_optimizers(model, settings, betas=(0.9, 0.95))
+              for one in pretrain.make_optimizers(model, settings, machine, betas=(0.9, 0.95))
               for group in one.param_groups for parameter in group["params"]]
     found = {id(parameter): where for parameter, *where in places}
     assert len(places) == len(found) == len(list(model.parameters()))
@@ -677,23 +688,48 @@ def test_labels_are_mixed_and_patches_left_out_if_the_settings_say_so(
 
 def test_threads_are_chosen_when_a_run_begins_and_kept(runs, flags, tmp_path, monkeypatch):
     """Of four threads, here two are made the fastest."""
-    compute_gradient, out, numbers = pretrain.compute_gradient, tmp_path / "run", []
+    forward, out, numbers = MAEViT.forward, tmp_path / "run", []
 
-    def compute_gradient_slowly(*args) -> None:
-        time.sleep(0.05 * abs(numbers[-1] - 2))
-        compute_gradient(*args)
+    def forward_slowly(*args, **options):
+        time.sleep(0.05 * abs(numbers[-1] - 2) if numbers else 0)
+        return forward(*args, **options)
 
-    monkeypatch.setattr(pretrain, "compute_gradient", compute_gradient_slowly)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: numbers[-1] if numbers else 4)
     monkeypatch.setattr(torch, "set_num_threads", numbers.append)
     start = flags["pretrain"].index("--threads")
     unset = flags["pretrain"][:start] + flags["pretrain"][start + 2:]
-    for command, expected in (([*unset, "--out", out], [1, 2, 4, 2]), (["--resume", out], [2]),
-                              (["--resume", out, "--threads", 3], [3])):
+    monkeypatch.setattr(MAEViT, "forward", forward_slowly)
+    assert "threads: 2, " in succeed(pretrain, *unset, "--out", out)
+    assert numbers == [1, 2, 4, 2]                          # 4 was slower
+    monkeypatch.setattr(MAEViT, "forward", forward)
+    for cores, more, expected in ((4, [], [2]), (4, ["--threads", 3], [3]),
+                                  (2, ["--threads", 64], [2])):
         numbers.clear()
-        assert f"threads: {expected[-1]}, " in succeed(pretrain, *command)
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        assert f"threads: {expected[-1]}, " in succeed(pretrain, "--resume", out, *more)
         assert numbers == expected
     assert_same_run(out, runs["pretrain"])                  # timing has changed nothing
+
+
+def test_a_checkpoint_of_a_better_machine_is_used_here_with_a_note(runs, tmp_path):
+    """It says: on CUDA, compiled, in bf16, with 64 threads."""
+    for kind in ("pretrain", "finetune"):
+        out = shutil.copytree(runs[kind], tmp_path / kind)
+        checkpoint = data.load_checkpoint(out)
+        checkpoint["settings"] |= dict(device="cuda", compile=True, precision="bf16", threads=64)
+        checkpoint["machine"] = dict(device="cuda", compile=True, precision="bf16", threads=64,
+                                     cores=96)
+        data.save_checkpoint(out / "checkpoint.pt", checkpoint)
+        if kind == "finetune":
+            assert "test accuracy" in succeed(finetune, "--evaluate", out)
+        assert_bad_input(tmp_path, "--device cuda: torch finds no such device here",
+                         KINDS[kind], "--resume", out)
+        status, _, err = run(KINDS[kind], "--resume", out, "--device", "cpu", "--no-compile",
+                             "--precision", "fp32", "--epochs", 4)
+        assert status == 0 and "note: --threads 64: this machine has " in err
+        assert "device cuda -> cpu, precision bf16 -> fp32, compile True -> False, thr" in err
+        assert len(read_log(out)) == 4
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
@@ -739,7 +775,7 @@ def test_cuda_computes_what_the_cpu_does(runs, flags, tmp_path):
             done = python_with_gpu(KINDS[kind].__file__, *more)             # on CUDA, in bf16
             assert done.returncode == 0, done.stderr
         log = read_log(out)
-        assert read_settings(out)["device"] == "cuda" and len(log) == 6
+        assert data.load_checkpoint(out)["machine"]["device"] == "cuda" and len(log) == 6
         for row, same in zip(read_log(runs[kind]), log):    # the first epochs
             for name in row.keys() & {"loss", "train_loss", "test_loss"}:
                 assert float(same[name]) == pytest.approx(float(row[name]), rel=0.3), name
@@ -842,13 +878,14 @@ def test_a_run_may_be_compiled_or_in_bf16_and_name_its_data_from_elsewhere(
     monkeypatch.chdir(data_dir.parent)
     settings = assert_survives_a_kill(tmp_path, *flags["pretrain"], "--data-dir", data_dir.name,
                                       *how.split())
-    assert settings["data_dir"] == str(data_dir) and settings["compile"] == (how == "--compile")
-    assert settings["precision"] == ("bf16" if "bf16" in how else "fp32")
+    machine = data.load_checkpoint(tmp_path / "killed")["machine"]
+    assert settings["data_dir"] == str(data_dir) and machine["compile"] == (how == "--compile")
+    assert machine["precision"] == ("bf16" if "bf16" in how else "fp32")
     assert_close_logs(tmp_path / "killed", runs["pretrain"], tolerance)
 
 
 def test_another_optimizer_can_be_resumed(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "make_optimizers", lambda model, settings, betas: [
+    monkeypatch.setattr(pretrain, "make_optimizers", lambda model, settings, machine, betas: [
         torch.optim.SGD([{"params": [*model.parameters()], "lr_scale": 1.0}], momentum=0.9)])
     assert_survives_a_kill(tmp_path, *flags["pretrain"])
 
@@ -916,7 +953,8 @@ def test_a_log_or_a_picture_that_cannot_be_written_costs_a_note(name, flags, run
 
     with after_each_write(obstruct):
         status, _, err = run(pretrain, *flags["pretrain"], "--out", out)
-    assert status == 0 and err == f"note: {out / name}: Is a directory; the run goes on\n"
+    assert status == 0 and err.splitlines()[1:] == [
+        f"note: {out / name}: Is a directory; the run goes on"]     # the first: too few steps
     (out / name).touch()                                    # the picture that is missing
     assert_same_run(out, runs["pretrain"])
 
@@ -1011,14 +1049,6 @@ def test_two_processes_compute_what_one_does_and_can_resume_it(kind, flags, tmp_
     torch.testing.assert_close(read_model(one), read_model(two), rtol=1e-2, atol=1e-4)
 
 
-def test_an_environment_that_torchrun_has_not_set(flags, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "")                          # as good as none
-    succeed(pretrain, *flags["pretrain"], "--epochs", 1, "--out", tmp_path / "run")
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "main")):
-        monkeypatch.setenv(name, value)                     # two processes without an address
-        assert_bad_input(tmp_path, "use torchrun, or unset them", pretrain, *flags["pretrain"])
-
-
 # ------------------------------------------------------------------------------ bad input
 
 
@@ -1055,7 +1085,7 @@ BAD_INPUT = [
     (pretrain, "--resume {empty}", "{empty}/checkpoint.pt: No such file"),
     (pretrain, "--resume {runs}/finetune", "from finetune.py, but one from pretrain.py is needed"),
     (pretrain, "--resume {runs}/pretrain --dim 32", "--dim is 16 for the run in"),
-    (pretrain, "--resume {runs}/pretrain --epochs 2", "--epochs is 3 for the run in"),
+    (pretrain, "--resume {runs}/pretrain --epochs 2", "--epochs 2: 3 epochs are done already"),
     (pretrain, "--resume {runs}/pretrain --data-dir {data}/other",
      "trained and tested on [96, 40] images"),
     (finetune, "--labels-per-class 5000", "only 10 of the 96 training images"),
@@ -1063,8 +1093,9 @@ BAD_INPUT = [
     (finetune, "--init {runs}/pretrain --dim 32", "--dim is 16 for the encoder of"),
     (finetune, "--mode linear", "--mode linear needs --init"),
     (finetune, "--mode linear --init {runs}/pretrain --mix", "--mix is False for a linear probe"),
-    (finetune, "--evaluate {runs}/finetune --epochs 9", "--epochs means nothing to --evaluate"),
-    (finetune, "--evaluate {runs}/finetune --dataset cifar100", "distinguishes 10 classes"),
+    (finetune, "--evaluate {runs}/finetune --epochs 9", "--epochs has no effect on --evaluate"),
+    (finetune, "--evaluate {runs}/finetune --dataset cifar100", "but CIFAR-100 has 0, 1, 2, 3, 4"),
+    (pretrain, "--resume {weights}", "has weights alone, which cannot be resumed"),
     (visualize, "--out {empty}/x.jpg", "must end in .png"),
     (visualize, "reconstruct {empty}/x.png --out {empty}/x.png", "is one of the pictures to read"),
     (visualize, "attention --checkpoint {runs}/pretrain --block 3", "--block 3: the encoder has 1"),
@@ -1078,7 +1109,8 @@ def test_bad_input_is_one_line_and_harms_nothing(program, command, message, runs
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("a file in the place of a folder")
     (tmp_path / "link").symlink_to("nothing")
-    names = dict(runs=runs["pretrain"].parent, data=data_dir, empty=tmp_path)
+    names = dict(runs=runs["pretrain"].parent, data=data_dir, empty=tmp_path,
+                 weights=HERE / "results" / "weights" / "pretrain.pt")
     command = shlex.split(command.format(**names))
     if program is not visualize and not {"--resume", "--evaluate"} & set(command):
         init = "--init" in command
@@ -1098,8 +1130,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(flags, 
 
 def test_a_compiler_that_does_not_work(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *_, **__: 1 / 0)
-    assert_bad_input(tmp_path, "torch.compile does not work here, train with --no-compile: "
-                     "division by zero", pretrain, *flags["pretrain"], "--compile",
+    assert_bad_input(tmp_path, "torch.compile does not work here: division by zero; train "
+                     "with --no-compile", pretrain, *flags["pretrain"], "--compile",
                      "--out", tmp_path / "run")
 
 
