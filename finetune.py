@@ -68,14 +68,15 @@ DEFAULTS = {                    # by kind of training and recipe: what differs f
         "lunch": dict(LUNCH, base_lr=1.75e-3, layer_decay=1.0), "full": FULL},
     "linear": {"laptop": PROBE, "lunch": PROBE, "full": dict(PROBE, pool="cls")},
 }
-HELP = "Fine-tune a pre-trained encoder, probe it, or train the same network from scratch."
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = pretrain.make_parser("finetune.py", HELP, FinetuneSettings, evaluate=dict(
-        metavar="CHECKPOINT", type=os.path.expanduser, help="print the test accuracy of a saved "
-        "classifier, in float32 unless --precision says otherwise, and train nothing"))
-    typed, checkpoint = pretrain.read_flags(parser, argv), None
+    parser, typed = pretrain.read_flags(
+        "finetune.py", "Fine-tune an encoder, probe it, or train the same network from scratch.",
+        FinetuneSettings, argv, evaluate=dict(
+            metavar="CHECKPOINT", type=os.path.expanduser, help="print the test accuracy of a "
+            "saved classifier, in float32 by default, and train nothing"))
+    checkpoint = None
     if "evaluate" in typed:
         defaults = evaluation_settings(typed)
     elif "resume" in typed:
@@ -166,9 +167,10 @@ def finetune(settings: FinetuneSettings, machine: Machine, checkpoint: dict | No
             if settings.mix:
                 labels = F.one_hot(labels, len(dataset.classes)).float()        # (B, classes)
                 images, labels = data.mixup_or_cutmix(images, labels, generator)
-            images = data.scale(images)                     # (B, 3, H, W) of -1..1
-            noise = torch.rand(len(ids), model.num_patches, generator=generator,
-                               device=machine.device) if drop_patches else None     # (B, N)
+            images = data.scale(images)                     # (B, 3, H, W), -1..1
+            if drop_patches:
+                noise = torch.rand(len(ids), model.num_patches, generator=generator,
+                                   device=machine.device)   # (B, N)
             for part, share in machine.micro_batches(len(ids)):
                 with machine.autocast():
                     logits = compiled(images[part], noise[part] if drop_patches else None)
@@ -183,18 +185,17 @@ def finetune(settings: FinetuneSettings, machine: Machine, checkpoint: dict | No
             if progress.advance() and machine.main:         # reading the loss waits for the device
                 progress.show(f"epoch {epoch}/{settings.epochs}  step {step + 1}/{steps}  "
                               f"loss {scores[step, 0] * machine.processes:.4f}")
-        trained = machine.sum(scores).mean(dim=0).tolist()
+        train_loss, train_accuracy = machine.sum(scores).mean(dim=0).tolist()
         images_per_second = steps * settings.batch_size / (time.perf_counter() - began)
         if machine.main:
             fp32 = epoch == settings.epochs                 # the last one, which is reported
-            tested = evaluate(model, dataset.test_images, dataset.test_labels, machine, fp32)
-            metrics = dict(zip(METRICS, (*trained, *tested)))
+            test_loss, test_accuracy = evaluate(model, dataset.test_images, dataset.test_labels,
+                                                machine, fp32)
+            metrics = {"train_loss": train_loss, "train_accuracy": train_accuracy,
+                       "test_loss": test_loss, "test_accuracy": test_accuracy}
             refuse_infinite(metrics, epoch)
             run.end_epoch(metrics, images_per_second, progress.time_left())
     run.finish()
-
-
-METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")       # in log.csv
 
 
 def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -280,8 +281,10 @@ def probe(settings: FinetuneSettings, machine: Machine, checkpoint: dict | None)
                 progress.show(f"epoch {epoch}/{settings.epochs}")
         images_per_second = steps * settings.batch_size / (time.perf_counter() - began)
         if machine.main:
-            tested = score(head(test_features), dataset.test_labels)
-            metrics = dict(zip(METRICS, (*scores.mean(dim=0).tolist(), *map(float, tested))))
+            train_loss, train_accuracy = scores.mean(dim=0).tolist()
+            test_loss, test_accuracy = score(head(test_features), dataset.test_labels)
+            metrics = {"train_loss": train_loss, "train_accuracy": train_accuracy,
+                       "test_loss": test_loss.item(), "test_accuracy": test_accuracy.item()}
             refuse_infinite(metrics, epoch)
             fold_probe(head, mean, std, classifier.head)
             run.end_epoch(metrics, images_per_second, progress.time_left())
@@ -346,18 +349,15 @@ USED_BY_EVALUATE = {"dataset", "data_dir", "limit", "device", "precision", "micr
 
 
 def evaluation_settings(typed: dict) -> dict:
-    """For --evaluate: the settings of a saved classifier, except those of the machine that trained
-    it, to test it on all test images in float32. Raises BadInput, OSError."""
+    """For --evaluate: the data set of a saved classifier, and float32. Nothing else of the machine
+    or the run that made it. Raises BadInput, OSError."""
     path = typed["evaluate"]
     for name in typed.keys() - USED_BY_EVALUATE:
         raise BadInput(f"--{name.replace('_', '-')} has no effect on --evaluate: leave it out")
     checkpoint = data.load_checkpoint(path, "classifier")
     saved = pretrain.saved_settings(FinetuneSettings, checkpoint, path)
-    here = dataclasses.asdict(FinetuneSettings())
-    for name in ("data_dir", "device", "micro_batch_size", "threads", "limit", "validation"):
-        saved[name] = here[name]
-    return saved | data_folder(checkpoint["settings"], path, typed) | dict(
-        precision="fp32", compile=False)
+    kept = {name: saved[name] for name in ("dataset", "image_size", "batch_size")}
+    return kept | data_folder(saved, path, typed) | dict(precision="fp32", compile=False)
 
 
 def evaluate_classifier(path: str, settings: FinetuneSettings, machine: Machine) -> None:

@@ -28,7 +28,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -71,11 +70,11 @@ class Settings:
     """What is asked of a run of pretrain.py or finetune.py. Each field but `command` is a flag.
     What "auto" and None mean on this machine is decided in `join_machine`."""
     recipe: str = flag("laptop", "set of defaults", choices=["laptop", "lunch", "full"])
-    dataset: str = flag("auto", "auto: CIFAR-10 if it is there or can be downloaded, or else the "
-                        "drawn shapes", choices=["auto", *data.DATASETS])
+    dataset: str = flag("auto", "auto: CIFAR-10, or drawn shapes if it cannot be downloaded",
+                        choices=["auto", *data.DATASETS])
     data_dir: str = flag("data", "folder that holds the data", type=absolute)
     image_size: int = flag(data.SIDE, "side in pixels to which pictures of a folder are resized")
-    limit: int | None = flag(None, "use only the first N training images and at most N test images",
+    limit: int | None = flag(None, "use the first N training images, and at most N test images",
                              type=COUNT, metavar="N")
     validation: int = flag(0, "test on the last N training images and train on the others, to "
                            "choose settings", type=number(int, 0, 10**6))
@@ -83,8 +82,8 @@ class Settings:
     warmup: float = flag(0.125, "share of the epochs in which the learning rate rises", type=SHARE)
     batch_size: int = flag(64, "images per optimizer step, over all processes")
     micro_batch_size: int | None = flag(
-        None, "the most images that a process computes at once; less memory, the same result "
-        "(default: 512 on CUDA, 128 on a CPU, 64 on MPS)", type=COUNT, metavar="N")
+        None, "the most images that a process computes at once; smaller: less memory, the same "
+        "result (default: 512 on CUDA, 128 on a CPU, 64 on MPS)", type=COUNT, metavar="N")
     base_lr: float = flag(1e-2, "learning rate for a batch of 256; the one used is this x batch "
                           "size / 256", type=number(float, 0, 1000))
     optimizer: str = flag("muon", "muon: orthogonalized updates for the matrices in the blocks, "
@@ -140,8 +139,9 @@ PICTURED = 12                   # the first ones of these, for the reconstructio
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser("pretrain.py", "Pre-train a masked autoencoder.", PretrainSettings)
-    typed, checkpoint = read_flags(parser, argv), None
+    parser, typed = read_flags("pretrain.py", "Pre-train a masked autoencoder.", PretrainSettings,
+                               argv)
+    checkpoint = None
     if "resume" in typed:
         defaults, checkpoint = resumed_settings(PretrainSettings, "pretrain", typed)
     else:
@@ -213,7 +213,7 @@ def pretrain(settings: PretrainSettings, machine: "Machine", checkpoint: dict | 
 
 
 def save_picture(run: "Run", epoch: int, model: nn.Module, images: Tensor, noise: Tensor) -> None:
-    """Draw the reconstructions of the first images after an epoch, if a picture is due."""
+    """Draw the first images after an epoch, if a picture is due."""
     if epoch in (0, 1, run.settings.epochs) or epoch % run.settings.picture_every == 0:
         with data.note_if_it_fails():
             visualize.save_epoch(run.out / "reconstructions", epoch, model, images[:PICTURED],
@@ -361,9 +361,6 @@ class Run:
     modules: dict[str, nn.Module]                           # by their keys in a checkpoint
     log: list[dict] = dataclasses.field(default_factory=list)   # the rows of log.csv
 
-    def __post_init__(self) -> None:                        # a resumed run needs the same data set
-        self.settings = dataclasses.replace(self.settings, dataset=self.dataset.name)
-
     @property
     def out(self) -> Path:
         return Path(self.settings.out)
@@ -392,13 +389,15 @@ class Run:
         self.save()
         with data.note_if_it_fails():
             write_log(self.out / "log.csv", self.log)
-            write_config(self.out / "config.json", settings, machine)
-        init, (train, test) = getattr(settings, "init", None), self.dataset.counts()
+            write_config(self.out / "config.json", self.saved_settings(), machine)
+        (train, test), init = self.dataset.counts(), getattr(settings, "init", None)
         start = f"encoder from {init}" if init else "from scratch"
+        compiled = ", compiled" if machine.compile else ""
         resume = shell_line("python", data.PROGRAMS[self.kind], "--resume", settings.out)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"recipe     {settings.recipe}: {settings.command}\n"
-              f"machine    {machine}\n"
+              f"machine    {machine.device}, {machine.precision}{compiled}, "
+              f"threads: {torch.get_num_threads()}, processes: {machine.processes}\n"
               f"data       {self.dataset.title}: {train:,} training and {test:,} test images\n"
               f"model      {type(model).__name__} of {parameters:,} parameters, "
               f"{f'resumed after epoch {self.epoch}' if checkpoint else start}\n"
@@ -406,9 +405,8 @@ class Run:
         if self.epoch >= settings.epochs:
             print(f"finished   all {self.epoch} epochs are done; a larger --epochs goes on")
         elif steps * settings.epochs < 100:
-            repeat = "--repeat, " if getattr(settings, "mode", "") == "finetune" else ""
-            note(f"{steps * settings.epochs} steps are too few to learn much: a larger {repeat}"
-                 "--epochs or a smaller --batch-size helps")
+            larger = "--repeat" if getattr(settings, "mode", "") == "finetune" else "--epochs"
+            note(f"{steps * settings.epochs} steps are too few to learn much: raise {larger}")
         sys.stdout.flush()
 
     def restore(self, checkpoint: dict) -> None:
@@ -430,10 +428,14 @@ class Run:
         if changes:
             note(f"changed since the last checkpoint: {', '.join(changes)}")
 
+    def saved_settings(self) -> dict:
+        """With the data set that "auto" has become, since a resumed run needs the same."""
+        return dataclasses.asdict(self.settings) | {"dataset": self.dataset.name}
+
     def save(self, weights_alone: bool = False) -> None:
         """Write checkpoint.pt, with everything that is needed to go on, or weights.pt, with the
         weights alone, in half precision, to keep and share."""
-        content = dict(kind=self.kind, settings=dataclasses.asdict(self.settings), epoch=self.epoch,
+        content = dict(kind=self.kind, settings=self.saved_settings(), epoch=self.epoch,
                        log=self.log, images=self.dataset.counts(), classes=self.dataset.classes)
         if weights_alone:
             weights = self.modules["model"].state_dict()
@@ -489,13 +491,13 @@ def write_log(path: Path, log: list[dict]) -> None:
     data.write_file(path, "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
 
 
-def write_config(path: Path, settings: Settings, machine: "Machine") -> None:
+def write_config(path: Path, settings: dict, machine: "Machine") -> None:
     """config.json: everything needed to repeat the run. For people; no program reads it."""
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     commit = None
     with contextlib.suppress(OSError):                      # git is not installed
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    config = {"settings": dataclasses.asdict(settings), "machine": machine.describe(),
+    config = {"settings": settings, "machine": machine.describe(),
               "processes": machine.processes, "commit": commit,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "numpy": np.__version__, "pillow": PIL.__version__}}
@@ -508,10 +510,9 @@ def refuse_other_classes(path: Path | str, classes: list[str], dataset: data.Dat
     numbers = [str(label) for label in range(len(classes))]
     if len(classes) != len(dataset.classes) or (
             classes != dataset.classes and numbers not in (classes, dataset.classes)):
-        shown = [textwrap.shorten(", ".join(names), 200, placeholder=" ...")
-                 for names in (classes, dataset.classes)]
-        raise BadInput(f"{path} has the classes {shown[0]}, but {dataset.title} has {shown[1]}: "
-                       "name the right data set with --dataset or --data-dir")
+        raise BadInput(f"{path} has the classes {', '.join(classes)}, but {dataset.title} has "
+                       f"{', '.join(dataset.classes)}: name the right data set with --dataset or "
+                       "--data-dir")
 
 
 # ------------------------------------------------------------------------------ data and model
@@ -599,21 +600,15 @@ class Machine:
         return dict(device=self.device.type, precision=self.precision, compile=self.compile,
                     threads=torch.get_num_threads(), cores=os.cpu_count())
 
-    def __str__(self) -> str:
-        compiled = ", compiled" if self.compile else ""
-        return (f"{self.device}, {self.precision}{compiled}, threads: {torch.get_num_threads()}, "
-                f"processes: {self.processes}")
-
     def autocast(self, fp32: bool = False):
         """Matmuls in bfloat16, unless `fp32`; weights, LayerNorms and losses stay in float32."""
         enabled = self.precision == "bf16" and not fp32
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def compiled(self, model: nn.Module, batch_size: int) -> nn.Module:
-        """The model to train, sharing the weights of `model`: compiled, if that is wanted. On CUDA
-        its kernels are then replayed as one graph instead of launched one by one, unless a process
-        has several micro-batches: a replay overwrites the gradients that the last one returned, so
-        they could not be added up."""
+        """The model to train, with the weights of `model`: compiled, if that is wanted. On CUDA its
+        kernels are then replayed as one graph, unless a process has several micro-batches: a replay
+        overwrites the gradients that the last one returned, so they could not be added up."""
         if not self.compile:
             return model
         graphs = (self.device.type == "cuda"
@@ -650,8 +645,8 @@ class Machine:
 def join_machine(settings: Settings) -> Machine:
     """Decide what the settings mean here, and join the other processes if torchrun started several.
     Raises BadInput if the device is missing or cannot do what is asked."""
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    processes = int(os.environ.get("WORLD_SIZE", 1))        # torchrun sets these three
+    rank, local_rank, processes = (int(os.environ.get(name, default)) for name, default in (
+        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))             # torchrun sets them
     if processes > settings.batch_size:
         raise BadInput(f"--batch-size {settings.batch_size} is too small for {processes} processes")
     device = find_device(settings.device, local_rank)
@@ -663,10 +658,9 @@ def join_machine(settings: Settings) -> Machine:
     elif precision == "bf16" and not has_bf16_matmuls(device.type):
         note("bf16 is emulated here, which may be very slow: choose --precision fp32")
     if settings.threads:
-        cores = os.cpu_count() or 1
-        torch.set_num_threads(min(settings.threads, cores))
-        if settings.threads > cores:
-            note(f"--threads {settings.threads}: this machine has {cores} cores, so {cores}")
+        torch.set_num_threads(min(settings.threads, os.cpu_count()))
+        if settings.threads > os.cpu_count():
+            note(f"--threads {settings.threads}: this machine has {os.cpu_count()} cores")
     keep_freed_memory()
     compile = works_compiled(settings.compile, device)
     usual = {"cuda": 512, "cpu": 128, "mps": 64}[device.type]   # mps: large products were wrong
@@ -675,9 +669,8 @@ def join_machine(settings: Settings) -> Machine:
         # Imported later, as by AdamW, it would keep the group alive after `leave`, and the threads
         # of gloo, which then outlive Python, could abort the process.
         from torch import _dynamo
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=1),
-                                device_id=device if device.type == "cuda" else None)
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=device_id)
     return Machine(device, precision, compile, micro_batch_size, rank, processes)
 
 
@@ -692,17 +685,15 @@ def find_device(name: str, local_rank: int) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise BadInput(f"process {local_rank + 1} on this machine finds "
                        f"{torch.cuda.device_count()} GPUs: start as many processes as GPUs")
-    device = torch.device("cuda", local_rank)
     try:
-        torch.cuda.set_device(device)
-        torch.ones(2, device=device).sum().item()
+        torch.cuda.set_device(local_rank)
+        return torch.ones(2, device=torch.device("cuda", local_rank)).mul(2).device
     except RuntimeError as error:                           # such as no kernels for this GPU
         reason = f"torch {torch.__version__} cannot use this GPU: {str(error).splitlines()[0]}"
         if name == "cuda":
             raise BadInput(f"--device cuda: {reason}") from None
         note(f"{reason}; the CPU takes its place")
         return torch.device("cpu")
-    return device
 
 
 def has_bf16_matmuls(device: str) -> bool:
@@ -714,8 +705,8 @@ def has_bf16_matmuls(device: str) -> bool:
 
 
 def works_compiled(asked: bool | None, device: torch.device) -> bool:
-    """Whether to compile: if it is asked for or, by default, on CUDA; and if it works on something
-    tiny. If it does not, a default becomes a note. Raises BadInput if it was asked for."""
+    """Whether to compile: if it is asked for or, by default, on CUDA. It is tried on something tiny
+    first. Raises BadInput if it is asked for and does not work."""
     if asked is False or (asked is None and device.type != "cuda"):
         return False
     try:
@@ -742,35 +733,29 @@ def keep_freed_memory() -> None:
 # ------------------------------------------------------------------------------ command line
 
 
-def make_parser(program: str, description: str, settings_class: type,
-                **more: dict) -> data.Parser:
-    """One flag for each setting, --resume, --help and `more` flags. Values that are not typed are
-    left out; `make_settings` knows the defaults."""
+def read_flags(program: str, description: str, settings_class: type, argv: list[str] | None,
+               **more: dict) -> tuple[data.Parser, dict]:
+    """The flags that are typed, by name, and `command`, the command line. There is a flag for each
+    setting, --resume, --help and `more`. Raises BadInput."""
     parser = data.Parser(prog=program, description=description, allow_abbrev=False, add_help=False,
                          argument_default=argparse.SUPPRESS,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for field in dataclasses.fields(settings_class):
-        if field.metadata:
-            parser.add_argument(f"--{field.name.replace('_', '-')}", **field.metadata)
-    more["resume"] = dict(metavar="RUN", type=os.path.expanduser, help="continue a run after its "
-                          "last checkpoint, with its own settings")
-    for name, options in more.items():
-        parser.add_argument(f"--{name}", **options)
-    parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS,
-                        help="show the flags, with the defaults of this command line")
-    return parser
-
-
-def read_flags(parser: data.Parser, argv: list[str] | None) -> dict:
-    """The flags that are typed, by name, and `command`, the command line. Raises BadInput."""
+    flags = {field.name: field.metadata for field in dataclasses.fields(settings_class)
+             if field.metadata}
+    flags["resume"] = dict(metavar="RUN", type=os.path.expanduser, help="continue a run after its "
+                           "last checkpoint, with its own settings")
+    for name, options in (flags | more).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)
+    parser.add_argument("-h", "--help", action="store_true", help="show the flags and the defaults "
+                        "of this command line")
     argv = sys.argv[1:] if argv is None else argv
-    return vars(parser.parse_args(argv)) | {"command": shell_line(parser.prog, *argv)}
+    return parser, vars(parser.parse_args(argv)) | {"command": shell_line(program, *argv)}
 
 
 def make_settings(parser: data.Parser, settings_class: type, defaults: dict,
                   typed: dict) -> Settings:
-    """What is typed wins over `defaults`, and these over the defaults of the class. With --help the
-    result is shown, and the program ends. Raises BadInput if the folder of a new run is occupied.
+    """What is typed wins over `defaults`, and these win over those of the class. With --help the
+    result is shown, and the program ends. Raises BadInput if the folder of a new run is not free.
     """
     values = dataclasses.asdict(settings_class()) | defaults
     values |= {name: value for name, value in typed.items() if name in values}
@@ -844,8 +829,8 @@ def refuse_other(typed: dict, fixed: dict, owner: str) -> None:
 
 
 def shell_line(*words: str) -> str:
-    """A command that can be typed again, quoted as the system needs it."""
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    """A command to type, quoted as the system needs it."""
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def note(text: str) -> None:

@@ -556,7 +556,7 @@ def test_settings_are_chosen_on_images_held_out_and_evaluated_on_the_test_images
     (finetune, "--recipe lunch", "base-lr 0.00175, layer-decay 1.0, epochs 44"),
     (finetune, "--init {runs}/pretrain", "base-lr 0.02, layer-decay 0.75, dim 16"),
     (finetune, "--mode linear --init {runs}/pretrain", "base-lr 0.01, epochs 100, batch-size 512"),
-    (finetune, "--evaluate {runs}/finetune", "dim 16, precision fp32, device auto")])
+    (finetune, "--evaluate {runs}/finetune", "precision fp32, batch-size 32, device auto")])
 def test_help_shows_the_defaults_that_the_command_would_use(program, command, shown, runs):
     command = command.format(runs=runs["pretrain"].parent)
     text = " ".join(succeed(program, *command.split(), "--help").split())
@@ -907,6 +907,46 @@ def test_a_finished_run_may_have_more_epochs_and_remembers_how_it_was_started(
     assert settings["command"].endswith(f"--epochs 3 --out {runs['pretrain']}")
 
 
+@pytest.mark.parametrize("kind", ["pretrain", "linear"])
+def test_more_epochs_are_not_forgotten_if_the_run_is_killed_at_once(kind, runs, tmp_path):
+    out = shutil.copytree(runs[kind], tmp_path / "run")
+    assert run_until(lambda path: path.name == "checkpoint.pt", KINDS[kind], "--resume", out,
+                     "--epochs", 7, "--checkpoint-every", 5)
+    if kind == "linear":                                    # killed again, after its first epochs
+        assert run_until(lambda path: len(path.read_bytes().splitlines()) == 4, KINDS[kind],
+                         "--resume", out)
+    succeed(KINDS[kind], "--resume", out)
+    assert [row["epoch"] for row in read_log(out)] == list("1234567")
+    assert data.load_checkpoint(out)["epoch"] == 7
+
+
+def test_an_older_run_goes_on_with_a_new_column_in_its_log(runs, tmp_path):
+    out = shutil.copytree(runs["pretrain"], tmp_path / "run")
+    checkpoint = data.load_checkpoint(out)
+    for row in checkpoint["log"]:
+        del row["test_loss"]                                # as if it had been added later
+    data.save_checkpoint(out / "checkpoint.pt", checkpoint)
+    succeed(pretrain, "--resume", out, "--epochs", 4)
+    log = visualize.read_log(out)
+    assert [math.isnan(row["test_loss"]) for row in log] == [True, True, True, False]
+    assert [row["lr"] > 0 for row in log] == [True, True, False, False]     # no value has moved
+    succeed(visualize, "curves", out, "--out", tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "finetune", "linear"])
+def test_a_micro_batch_bounds_everything_that_is_computed_at_once(kind, flags, tmp_path,
+                                                                  monkeypatch):
+    """Training, evaluation and features. The result is the same."""
+    embed, sizes = mae.Encoder.embed, []
+    monkeypatch.setattr(mae.Encoder, "embed",
+                        lambda self, patches: sizes.append(len(patches)) or embed(self, patches))
+    succeed(KINDS[kind], *flags[kind], "--micro-batch-size", 7, "--out", tmp_path / "run")
+    assert max(sizes) == 7
+    sizes.clear()
+    succeed(KINDS[kind], *flags[kind], "--batch-size", 10, "--epochs", 1, "--out", tmp_path / "x")
+    assert max(sizes) == 10                                 # a batch is a bound, too
+
+
 @pytest.mark.parametrize("kind, defaults", [("pretrain", PretrainSettings()),
                                             ("finetune", FinetuneSettings())])
 def test_a_checkpoint_that_is_older_than_a_setting_has_its_default(kind, defaults, runs, flags,
@@ -1081,7 +1121,9 @@ BAD_INPUT = [
     (pretrain, "--dataset folder --data-dir {empty}", "no pictures in {empty}/train"),
     (pretrain, "--device cuda", "--device cuda: torch finds no such device here"),
     (pretrain, "--out {empty}/file/run", ": Not a directory"),
-    (pretrain, "--out {runs}/finetune", "{runs}/finetune already holds files: to continue"),
+    (pretrain, "--data-dir {empty}/nothing --out {runs}/finetune",      # before data are read
+     "already holds files: to continue that run, python pretrain.py --resume {runs}/finetune; to "
+     "start another one, add --out {runs}/finetune-2"),
     (pretrain, "--resume {empty}", "{empty}/checkpoint.pt: No such file"),
     (pretrain, "--resume {runs}/finetune", "from finetune.py, but one from pretrain.py is needed"),
     (pretrain, "--resume {runs}/pretrain --dim 32", "--dim is 16 for the run in"),
@@ -1128,11 +1170,72 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(flags, 
     assert all(value.isfinite().all() for value in read_model(tmp_path / "run").values())
 
 
-def test_a_compiler_that_does_not_work(flags, tmp_path, monkeypatch):
+def test_a_compiler_that_does_not_work_is_an_error_only_if_it_is_asked_for(
+        flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda *_, **__: 1 / 0)
     assert_bad_input(tmp_path, "torch.compile does not work here: division by zero; train "
                      "with --no-compile", pretrain, *flags["pretrain"], "--compile",
                      "--out", tmp_path / "run")
+    assert pretrain.works_compiled(None, torch.device("cuda")) is False     # the default there
+    note = capsys.readouterr().err
+    assert note.startswith("note: torch.compile does not work here: ") and note.count("\n") == 1
+
+
+def test_a_gpu_that_torch_cannot_use_gives_way_to_the_cpu_unless_it_is_asked_for(
+        flags, tmp_path, monkeypatch):
+    def no_kernels(*_) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available\nfor this device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", no_kernels)
+    assert_bad_input(tmp_path, "--device cuda: torch", pretrain, *flags["pretrain"],
+                     "--device", "cuda", "--out", tmp_path / "run")
+    status, out, err = run(pretrain, *flags["pretrain"], "--device", "auto", "--epochs", 1,
+                           "--out", tmp_path / "run")
+    assert status == 0 and "machine    cpu, fp32" in out
+    assert "cannot use this GPU: CUDA error: no kernel image is available; the CPU takes" in err
+
+
+def test_mps_has_small_micro_batches_and_neither_compiles_nor_shares(monkeypatch):
+    """Products of more than 32,768 rows were wrong there; a batch of `full` has 32,896."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    settings = PretrainSettings(device="mps", batch_size=4096)
+    assert pretrain.join_machine(settings).micro_batch_size == 64
+    assert pretrain.find_device("auto", 0).type == "cpu"    # MPS has never been tried
+    for processes, compile in ((1, True), (2, None)):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        with pytest.raises(data.BadInput, match="--device mps works without --compile"):
+            pretrain.join_machine(replace(settings, compile=compile))
+
+
+@pytest.mark.parametrize("processes, micro_batch_size, mode", [
+    (1, 64, "reduce-overhead"), (1, 32, None), (2, 32, "reduce-overhead"), (2, 31, None)])
+def test_cuda_graphs_are_used_if_a_process_has_one_micro_batch(processes, micro_batch_size, mode,
+                                                               monkeypatch):
+    """The next replay overwrites the gradients that the last one returned."""
+    monkeypatch.setattr(torch, "compile", lambda model, mode: mode)
+    machine = pretrain.Machine(torch.device("cuda"), "fp32", True, micro_batch_size, 0, processes)
+    assert machine.compiled(nn.Identity(), batch_size=64) == mode
+    for rank in range(processes):                           # as many as that says
+        parts = replace(machine, rank=rank).micro_batches(64)
+        assert (len(parts) == 1) == (mode is not None)
+
+
+def test_bf16_that_is_emulated_is_told(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "has_bf16_matmuls", lambda device: False)
+    for precision, told in (("bf16", True), ("auto", False)):
+        _, _, err = run(pretrain, *flags["pretrain"], "--epochs", 1, "--precision", precision,
+                        "--out", tmp_path / precision)
+        assert ("note: bf16 is emulated here" in err) == told
+
+
+def test_a_command_to_type_is_quoted_as_the_system_needs_it(monkeypatch):
+    for system, line in (("linux", "python x.py --resume 'my run'"),
+                         ("win32", 'python x.py --resume "my run"')):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "platform", system)
+            assert pretrain.shell_line("python", "x.py", "--resume", "my run") == line
 
 
 def test_too_little_memory_is_one_line_and_other_faults_keep_their_traceback(capsys):
