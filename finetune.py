@@ -59,8 +59,8 @@ FULL = dict(VIT_TINY, pool="cls", epochs=100, warmup=0.05, batch_size=128, base_
 PROBE_FIXED = dict(             # a linear probe has no use for other values of these
     optimizer="adamw", layer_decay=1.0, augment="none", patch_dropout=0.0, mix=False, whole=0.0,
     repeat=1, compile=False)
-PROBE = dict(PROBE_FIXED, epochs=100, warmup=0.1, batch_size=512, base_lr=1e-2, weight_decay=0.0,
-             checkpoint_every=10)
+PROBE = dict(PROBE_FIXED, epochs=100, warmup=0.1, batch_size=512, micro_batch_size=64, base_lr=1e-2,
+             weight_decay=0.0, checkpoint_every=10)
 DEFAULTS = {                    # by kind of training and recipe: what differs from those above
     "finetune": {"laptop": dict(), "lunch": dict(LUNCH, base_lr=1.4e-2), "full": FULL},
     "scratch": {                # best from scratch: an eighth of the learning rate, no layer decay
@@ -244,6 +244,7 @@ def probe(settings: FinetuneSettings, machine: Machine, checkpoint: dict | None)
     """
     dataset = load_labeled_data(settings, machine)
     classifier = pretrain.make_model("classifier", settings, machine, len(dataset.classes))
+    classifier.requires_grad_(False)                        # frozen
     if not checkpoint:
         load_encoder(classifier, settings, dataset)
     elif checkpoint["epoch"] < settings.epochs:

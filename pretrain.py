@@ -560,15 +560,17 @@ def choose_threads(model: nn.Module, settings: Settings, machine: "Machine",
     if before and before["device"] == "cpu" and before["cores"] == os.cpu_count():
         return torch.set_num_threads(before["threads"])
     most, fastest, shortest = torch.get_num_threads(), 1, math.inf
-    count = min(machine.micro_batch_size, 64)
+    count, N = min(machine.micro_batch_size, 64), getattr(model, "encoder", model).num_patches
     images = torch.zeros(count, 3, settings.image_size, settings.image_size)
     for threads in sorted({*(2**i for i in range(10) if 2**i < most), most}):
         torch.set_num_threads(threads)
         for i in range(5):
             began = time.perf_counter() if i < 2 else began     # the first one is a warm-up
             with machine.autocast():
-                output = model(images)                      # the loss and more, or logits
-            (output if torch.is_tensor(output) else output[0]).sum().backward()
+                output = model(images, torch.zeros(count, N))       # the loss and more, or logits
+            output = output if torch.is_tensor(output) else output[0]
+            if output.requires_grad:                        # a probe's encoder is frozen
+                output.sum().backward()
         seconds = time.perf_counter() - began
         if seconds > shortest:
             break
