@@ -536,7 +536,7 @@ def write_file(path: Path | str, content: bytes | memoryview) -> None:
         raise
 
 
-CHECKPOINT_VERSION = 6
+CHECKPOINT_VERSION = 7
 PROGRAMS = {"pretrain": "pretrain.py", "classifier": "finetune.py"}     # by kind of run
 
 
@@ -551,9 +551,10 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
     """Read a checkpoint, or the one in a run's folder. No code in it is executed.
 
     Keys: kind ("pretrain" or "classifier"), settings (a dict), epoch (epochs done), log (a dict per
-    epoch), images (how many for training and testing), model (state dict) and, except in
-    weights.pt, optimizers (state dicts) and, of a linear probe, probe. Raises BadInput if the file
-    is not what the programs write, or of another kind or version; OSError if it cannot be read.
+    epoch), images (how many for training and testing), classes (their names in order, none without
+    labels), model (state dict) and, except in weights.pt, optimizers (state dicts) and, of a linear
+    probe, probe. Raises BadInput if the file is not what the programs write, or of another kind or
+    version; OSError if it cannot be read.
     """
     path = Path(path)
     if path.is_dir():

@@ -366,19 +366,19 @@ class Muon(torch.optim.Optimizer):
             for matrix in group["params"]:
                 by_shape.setdefault(matrix.shape, []).append((matrix, group))
         for shape, members in by_shape.items():
-            averages = [self.average(matrix) for matrix, _ in members]
-            directions = orthogonalize(torch.stack(averages).to(self.dtype)).float()
+            momenta = [self.momentum(matrix) for matrix, _ in members]
+            directions = orthogonalize(torch.stack(momenta).to(self.dtype)).float()
             for (matrix, group), direction in zip(members, directions):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.sub_(direction, alpha=self.STEP * group["lr"] * max(shape) ** 0.5)
 
-    def average(self, matrix: Tensor) -> Tensor:
-        """Nesterov momentum: the running average of the gradients, blended with the latest."""
+    def momentum(self, matrix: Tensor) -> Tensor:
+        """Nesterov momentum: the moving average of the gradients, blended with the latest one."""
         state = self.state[matrix]
-        if "average" not in state:
-            state["average"] = torch.zeros_like(matrix)
-        average = state["average"].lerp_(matrix.grad, 1 - self.MOMENTUM)
-        return matrix.grad.lerp(average, self.MOMENTUM)
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        buffer = state["momentum_buffer"].lerp_(matrix.grad, 1 - self.MOMENTUM)
+        return matrix.grad.lerp(buffer, self.MOMENTUM)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -475,7 +475,8 @@ class Run:
         """Write checkpoint.pt, with everything that is needed to go on, or weights.pt, with the
         weights alone, in half precision, to keep and share."""
         content = dict(kind=self.kind, settings=dataclasses.asdict(self.settings),
-                       epoch=len(self.log), log=self.log, images=self.dataset.counts())
+                       epoch=len(self.log), log=self.log, images=self.dataset.counts(),
+                       classes=self.dataset.classes)
         if weights_alone:
             weights = self.modules["model"].state_dict()
             content["model"] = {name: value.half() for name, value in weights.items()}

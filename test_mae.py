@@ -381,6 +381,8 @@ def test_a_folder_of_pictures_can_be_learned_evaluated_and_drawn(pictures, tmp_p
     succeed(finetune, "--init", run_folder, "--data-dir", pictures, *few, "--epochs", 20)
     out = succeed(finetune, "--evaluate", "runs/finetune-folder")
     assert out.endswith("test accuracy 100.00 %\n")         # the classes are colors
+    for one in (run_folder, "runs/finetune-folder", "runs/finetune-folder/weights.pt"):
+        assert data.load_checkpoint(one)["classes"] == list(CLASSES)
     out = succeed(visualize, "reconstruct", "--checkpoint", run_folder, "--count", 3)
     assert re.search("^0 (apple|狗): error", out, re.MULTILINE)
     photo = next(pictures.glob("train/apple/*.JPG"))
@@ -409,7 +411,7 @@ def test_pictures_alone_are_for_pretraining_and_a_tenth_of_them_is_held_out(
     status, out, err = run(pretrain, *flags["pretrain"], *more)
     assert status == 0 and "9 training and 1 test images" in out
     assert "1 pictures of train are held out for testing" in err
-    assert (tmp_path / "run" / "weights.pt").exists()
+    assert data.load_checkpoint(tmp_path / "run" / "weights.pt")["classes"] == []
 
 
 def test_subsets_are_balanced_or_hold_images_out():
@@ -645,6 +647,8 @@ def test_muon_steps_as_that_of_torch_does(shape):
         for optimizer in optimizers:
             optimizer.step()
     assert (ours - theirs).norm() < 0.03 * (ours - start).norm()
+    names = [set(optimizer.state_dict()["state"][0]) for optimizer in optimizers]
+    assert names == [{"momentum_buffer"}] * 2
 
 
 def test_layer_decay_scales_the_learning_rate_of_each_layer(runs, flags, tmp_path):
