@@ -87,12 +87,12 @@ def test_patches_are_cut_row_by_row_hold_channel_y_x_and_can_be_put_together_aga
 def test_shuffle_masks_exactly_and_restore_undoes_it(N, mask_ratio):
     tokens = torch.arange(5 * N * 2, dtype=torch.float32).view(5, N, 2)
     noise, K, shuffle = random_noise(5, N), round(N * (1 - mask_ratio)), PatchShuffle(mask_ratio)
-    visible, restore, mask = shuffle(tokens, noise)
+    visible, ids_restore, mask = shuffle(tokens, noise)
     assert torch.equal(visible, mae.take(tokens, noise.argsort(dim=1)[:, :K]))
-    assert visible.shape == (5, K, 2) and restore.shape == mask.shape == (5, N)
+    assert visible.shape == (5, K, 2) and ids_restore.shape == mask.shape == (5, N)
     assert (mask.sum(dim=1) == N - K).all() and set(mask.unique().tolist()) == {0, 1}
     filled = torch.cat([visible, torch.full((5, N - K, 2), -1.0)], dim=1)
-    restored = mae.take(filled, restore)
+    restored = mae.take(filled, ids_restore)
     assert torch.equal(restored, torch.where(mask[..., None] == 1, -1.0, tokens))
     assert not shuffle(tokens)[2].equal(shuffle(tokens)[2])     # without noise: at random
 

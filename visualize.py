@@ -527,10 +527,10 @@ def make_stages(model: mae.MAEViT, image: Tensor, noise: Tensor) -> list[tuple]:
     images = data.scale(image[None])                        # (1, 3, H, W)
     patches = encoder.patchify(images)                      # (1, N, 3*p*p)
     tokens = encoder.embed(patches)                         # (1, N, D)
-    visible, restore, mask = model.shuffle(tokens, noise)   # (1, K, D), (1, N), (1, N)
+    visible, ids_restore, mask = model.shuffle(tokens, noise)       # (1, K, D), (1, N), (1, N)
     latent = encoder(visible)                               # (1, 1 + K, D)
-    filled = decoder.fill_gaps(latent, restore)             # (1, 1 + N, D')
-    pred = decoder(latent, restore)                         # (1, N, 3*p*p)
+    filled = decoder.fill_gaps(latent, ids_restore)         # (1, 1 + N, D')
+    pred = decoder(latent, ids_restore)                     # (1, N, 3*p*p)
     N, K = patches.shape[1], visible.shape[1]
 
     def batch(tensor: Tensor) -> str:
