@@ -31,7 +31,6 @@ import sys
 import textwrap
 import unicodedata
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -88,7 +87,7 @@ def reconstruct(model: mae.MAEViT, images: Tensor, noise: Tensor, raw: bool = Fa
         _, pred, mask = model(images, noise.to(device), mask_ratio)
     except ValueError as error:                             # from the mask ratio
         raise BadInput(f"{error}: choose another ratio, or smaller patches") from None
-    pred = predicted_pixels(model, pred, patches)
+    pred = to_pixels(model, pred.float(), patches)
     error = ((pred - patches).square().mean(dim=-1) * mask).sum(dim=1) / mask.sum(dim=1)   # (B,)
     hidden = mask.unsqueeze(-1).bool()                      # (B, N, 1)
     masked = patches.masked_fill(hidden, HIDDEN / 127.5 - 1)
@@ -97,10 +96,8 @@ def reconstruct(model: mae.MAEViT, images: Tensor, noise: Tensor, raw: bool = Fa
     return torch.stack(tiles, dim=1).cpu(), error.cpu()
 
 
-def predicted_pixels(model: mae.MAEViT, pred: Tensor, patches: Tensor) -> Tensor:
-    """What the model predicts, as pixels: 2 x (B, N, 3*p*p) -> the same shape. Normalized patches
-    get the mean and std of the original ones."""
-    pred = pred.float()
+def to_pixels(model: mae.MAEViT, pred: Tensor, patches: Tensor) -> Tensor:
+    """What the model predicts for the original `patches`: 2 x (B, N, 3*p*p) -> the same shape."""
     return mae.denormalize_patches(pred, patches) if model.norm_pix_loss else pred
 
 
@@ -109,7 +106,7 @@ def draw_triples(tiles: Tensor, title: str, caption: str, errors=(), labels=()) 
 
     tiles: uint8 (B, 3, 3, H, W) and errors: (B,), from `reconstruct`; labels: one for each image.
     """
-    across = count_across(len(tiles))
+    across = math.ceil(len(tiles) / math.ceil(len(tiles) / 3))     # four images: two by two
     notes, groups = [f"error {error:.4f}" for error in errors], []
     for start in range(across):
         masked, filled, original = tiles[start::across].unbind(dim=1)
@@ -141,7 +138,8 @@ def draw_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
     wanted = [numbers[0], *np.geomspace(1, max(numbers[-1], 1), 60 if animation else 7)]
     shown = sorted({int(numbers[abs(numbers - number).argmin()]) for number in wanted})
     if animation:
-        return [draw_triples(epochs[epoch], title_of_epoch(epoch), caption) for epoch in shown]
+        return [draw_triples(epochs[epoch], f"Reconstructions after epoch {epoch}", caption)
+                for epoch in shown]
     last = epochs[shown[-1]]                                # (B, 3, 3, H, W)
     groups = [[column("masked", last[:, 0])],
               [column(f"epoch {epoch}" if epoch else "untrained", epochs[epoch][:, 1])
@@ -162,44 +160,36 @@ def save_epoch(folder: Path, epoch: int, model: mae.MAEViT, images: Tensor, nois
     np.save(array, tiles.numpy())
     data.write_file(folder / f"epoch-{epoch:04}.npy", array.getvalue())
     caption += f" · {describe_task(model)}"
-    picture = draw_triples(tiles, title_of_epoch(epoch), caption, errors)
+    picture = draw_triples(tiles, f"Reconstructions after epoch {epoch}", caption, errors)
     save(picture, folder / f"epoch-{epoch:04}.png")
-
-
-def title_of_epoch(epoch: int) -> str:
-    return f"Reconstructions after epoch {epoch}" if epoch else "Reconstructions before training"
 
 
 # ------------------------------------------------------------------------------ predictions
 
-PORTRAIT, CARD = 192, 520        # pixels: the width of an image, and of an image with its bars
-TRUE, WRONG, OTHER = (160, 205, 236), (248, 184, 140), (222, 226, 231)      # colors of bars
+PORTRAIT, CARD = 192, 520       # pixels: the width of an image, and of an image with its bars
+TRUE, WRONG, OTHER = (160, 205, 236), (248, 184, 140), FAINT        # colors of bars
 
 
 @torch.no_grad()
 def draw_predict(args: argparse.Namespace) -> Image.Image:
     """Which class is it? The most probable classes of each image, at most five."""
     given = load(args, "classifier")
-    classes = given.checkpoint["classes"]
+    classes, n = given.checkpoint["classes"], len(given.labels)
     probabilities = given.model(data.scale(given.images)).softmax(dim=1)    # (n, classes)
-    top = probabilities.topk(min(5, len(classes)))          # values and indices, (n, at most 5)
-    guesses = [[(classes[i], value) for i, value in zip(*both)]
-               for both in zip(top.indices.tolist(), top.values.tolist())]
-    wrong = [truth not in ("", best[0]) for truth, (best, *_) in zip(given.truths, guesses)]
-    for label, pairs, is_wrong in zip(given.labels, guesses, wrong):
-        shown = ", ".join(f"{name} {100 * value:.1f} %" for name, value in pairs)
-        print(f"{label}: {shown}{' (wrong)' * is_wrong}")
-    caption = given.caption
-    if any(given.truths):
-        caption += (f" · {wrong.count(False)} of {len(wrong)} right"
-                    " · blue: true class, orange: wrong prediction")
-    across, between, pitch = count_across(len(guesses)), 40, PORTRAIT + 28
-    sheet = Sheet(2 * MARGIN - between + across * (CARD + between),
-                  math.ceil(len(guesses) / across) * pitch - 20, "Predictions", caption)
-    for i, label in enumerate(given.labels):
-        x, y = MARGIN + i % across * (CARD + between), sheet.top + 8 + i // across * pitch
-        sheet.tile(x, y, given.images[i], PORTRAIT)
-        draw_bars(sheet, x + PORTRAIT + 20, y, label, guesses[i], given.truths[i])
+    values, ids = probabilities.topk(min(5, len(classes)))  # (n, at most 5) each
+    wrong = [truth not in ("", classes[best]) for truth, best in zip(given.truths, ids[:, 0])]
+    right = f" · {n - sum(wrong)} of {n} right · blue: true class, orange: wrong prediction"
+    rows = math.ceil(n / 3)
+    across, step, pitch = math.ceil(n / rows), CARD + 40, PORTRAIT + 28
+    sheet = Sheet(2 * MARGIN - 40 + across * step, rows * pitch - 20, "Predictions",
+                  given.caption + (right if any(given.truths) else ""))
+    for i, (image, label, truth) in enumerate(zip(given.images, given.labels, given.truths)):
+        guesses = [(classes[j], value) for j, value in zip(ids[i], values[i].tolist())]
+        text = ", ".join(f"{name} {100 * value:.1f} %" for name, value in guesses)
+        print(f"{label}: {text}{' (wrong)' if wrong[i] else ''}")
+        x, y = MARGIN + i % across * step, sheet.top + 8 + i // across * pitch
+        sheet.tile(x, y, image, PORTRAIT)
+        draw_bars(sheet, x + PORTRAIT + 20, y, label, guesses, truth)
     return sheet.picture()
 
 
@@ -398,15 +388,6 @@ ORANGE = torch.tensor([230, 120, 0], dtype=torch.uint8)[:, None, None]          
 SLATE = torch.tensor([150, 172, 205], dtype=torch.uint8)[:, None, None]         # mask tokens
 
 
-class Stage(NamedTuple):
-    """A step of the model, and the arrow from it to the next one."""
-    name: str
-    content: Tensor | list[str]     # small pictures uint8 (M, 3, h, h), or lines of text in a box
-    note: str                   # below it
-    shape: str = ""             # over the arrow: of the tensor that is passed on
-    action: str = ""            # under the arrow: what is done with it
-
-
 def draw_architecture(args: argparse.Namespace) -> Image.Image:
     """An image on its way through the model, with the shapes of a batch (MAE, figure 1)."""
     given = load(args, "pretrain")
@@ -416,26 +397,14 @@ def draw_architecture(args: argparse.Namespace) -> Image.Image:
 
 
 @torch.no_grad()
-def record(model: nn.Module, *inputs: Tensor) -> dict[str, tuple]:
-    """Run a model and keep what goes into each of its modules and what comes out: by the module's
-    name ("" is the model itself), a tuple of inputs and the output."""
-    seen = {}
-
-    def keep(name: str, module: nn.Module, inputs: tuple, output) -> None:
-        seen[name] = inputs, output
-
-    with contextlib.ExitStack() as hooks:                   # they are removed at the end
-        for name, module in model.named_modules():
-            hooks.enter_context(module.register_forward_hook(functools.partial(keep, name)))
-        model(*inputs)
-    return seen
-
-
-def make_stages(model: mae.MAEViT, image: Tensor, noise: Tensor) -> list[Stage]:
-    """What the model computes from an image, uint8 (3, H, W), and noise (1, N)."""
+def make_stages(model: mae.MAEViT, image: Tensor, noise: Tensor) -> list[tuple]:
+    """What the model computes from an image, uint8 (3, H, W), and noise (1, N): the stages for
+    `draw_flow`. The tensors are those of the model itself, caught by hooks on its modules."""
     images, p = data.scale(image[None]), model.encoder.patch_size       # (1, 3, H, W)
-    seen = record(model, images, noise)
-    _, (loss, pred, mask) = seen[""]                        # (), (1, N, 3*p*p), (1, N)
+    seen = {}                                               # by module: (its inputs, its output)
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *call, name=name: seen.update({name: call[1:]}))
+    loss, pred, mask = model(images, noise)                 # (), (1, N, 3*p*p), (1, N)
     (tokens, *_), (visible, ids_restore, _) = seen["shuffle"]   # (1, N, D), (1, K, D), (1, N)
     _, latent = seen["encoder"]                             # (1, 1 + K, D)
     (filled,), _ = seen["decoder.blocks.0"]                 # (1, 1 + N, D')
@@ -448,64 +417,61 @@ def make_stages(model: mae.MAEViT, image: Tensor, noise: Tensor) -> list[Stage]:
     def cut(patches: Tensor) -> Tensor:                     # (1, N, 3*p*p) -> uint8 (N, 3, p, p)
         return data.unscale(patches[0]).unflatten(1, (3, p, p))
 
-    def describe(part: nn.Module, last: str) -> tuple[list[str], str]:      # lines, note
+    def box(part: nn.Module, last: str) -> tuple[list[str], str]:       # lines, note
         count = sum(parameter.numel() for parameter in part.parameters())
         return [f"depth {len(part.blocks)}", f"width {part.pos_embed.shape[-1]}",
                 f"heads {part.blocks[0].attn.heads}", last], f"{count / 1e6:.2f} M parameters"
 
-    hidden = mask[0].bool()                                 # (N,)
+    hidden = mask[0].bool()[:, None, None, None]            # (N, 1, 1, 1)
     original = cut(patches)                                 # (N, 3, p, p)
     kept = original[ids_restore[0].argsort()[:K]]           # (K, 3, p, p), in shuffled order
     class_row = torch.full((math.isqrt(N), 3, p, p), 255, dtype=torch.uint8)
     class_row[0] = ORANGE                                   # the class token on a row of its own
-    known = torch.where(hidden[:, None, None, None], SLATE, original)
+    all_tokens = torch.cat([class_row, torch.where(hidden, SLATE, original)])
     errors = torch.stack([model.loss(patches, pred, one[None]) for one in torch.eye(N)])    # (N,)
-    colors = heat((errors / errors[hidden].max())[:, None, None])           # (N, 3, 1, 1)
-    colors[~hidden] = HIDDEN
-    tokens_shown = original.clone()
-    tokens_shown[hidden] = HIDDEN
+    colors = heat((errors / errors[mask[0].bool()].max())[:, None, None])   # (N, 3, 1, 1)
     return [
-        Stage("images", image[None], "scaled to -1..1", batch(images), "cut up"),
-        Stage("patches", original, f"{N} of {p} x {p} pixels", batch(patches),
-              "embed, add position"),
-        Stage("tokens", tokens_shown, f"{N - K} of {N} hidden", batch(tokens),
-              f"shuffle, keep {K}"),
-        Stage("visible tokens", kept, f"{K}, in shuffled order", batch(visible),
-              f"put the class token in front: {batch(latent)}"),
-        Stage("encoder", *describe(model.encoder, "LayerNorm"), batch(latent),
-              "project, fill, unshuffle"),
-        Stage("all positions", torch.cat([class_row, known]), "orange: class token, blue: masked",
-              batch(filled), "add positions"),
-        Stage("decoder", *describe(model.decoder, "linear head"), batch(pred),
-              "without class token"),
-        Stage("prediction", cut(predicted_pixels(model, pred, patches)), "visible: no loss",
-              batch(pred), "compare with"),
-        Stage("original", original,
-              "each patch normalized" if model.norm_pix_loss else "every patch", batch(patches),
-              "mean squared error"),
-        Stage("error per patch", colors, "gray: visible, no loss", batch(mask),
-              "mean over masked"),
-        Stage("loss", [f"{loss:.4f}"], f"over {N - K} patches"),
+        ("images", image[None], "scaled to -1..1", batch(images), "cut up"),
+        ("patches", original, f"{N} of {p} x {p} pixels", batch(patches), "embed, add position"),
+        ("tokens", original.masked_fill(hidden, HIDDEN), f"{N - K} of {N} masked", batch(tokens),
+         f"shuffle, keep {K}"),
+        ("visible tokens", kept, f"{K}, in shuffled order", batch(visible),
+         f"put the class token in front: {batch(latent)}"),
+        ("encoder", *box(model.encoder, "LayerNorm"), batch(latent), "project, fill, unshuffle"),
+        ("all positions", all_tokens, "orange: class token, blue: masked", batch(filled),
+         "add positions"),
+        ("decoder", *box(model.decoder, "linear head"), batch(pred), "without class token"),
+        ("prediction", cut(to_pixels(model, pred, patches)), "visible: no loss", batch(pred),
+         "compare with"),
+        ("original", original, "each patch normalized" if model.norm_pix_loss else "every patch",
+         batch(patches), "mean squared error"),
+        ("error per patch", colors.masked_fill(~hidden, HIDDEN), "gray: visible, no loss",
+         batch(mask), "mean over masked"),
+        ("loss", [f"{loss:.4f}"], f"over {N - K} patches", "", ""),
     ]
 
 
-def draw_flow(stages: list[Stage], title: str, caption: str) -> Image.Image:
-    """Stages, four in a row, with an arrow from each to the next."""
+def draw_flow(stages: list[tuple], title: str, caption: str) -> Image.Image:
+    """Stages, four in a row, with an arrow from each to the next.
+
+    stages: (name, small pictures uint8 (M, 3, h, h) or the lines of text in a box, note, text over
+    the arrow: a shape, text under it: an action).
+    """
     step, pitch = (WIDTH - 2 * MARGIN - STAGE) // 3, STAGE + 172
     sheet = Sheet(WIDTH, math.ceil(len(stages) / 4) * pitch - 96, title, caption)
     corners = [(MARGIN + i % 4 * step, sheet.top + 36 + i // 4 * pitch) for i in range(len(stages))]
-    for stage, (x, y) in zip(stages, corners):
+    for (name, content, note, _, _), (x, y) in zip(stages, corners):
         middle = x + STAGE / 2
-        sheet.text(middle, y - 12, stage.name, anchor="ms")
-        sheet.text(middle, y + STAGE + 30, stage.note, GRAY, "ms")
-        if isinstance(stage.content, Tensor):
-            sheet.tile(x, y, mosaic(stage.content, STAGE), STAGE)
+        sheet.text(middle, y - 12, name, anchor="ms")
+        sheet.text(middle, y + STAGE + 30, note, GRAY, "ms")
+        if isinstance(content, Tensor):
+            sheet.tile(x, y, mosaic(content, STAGE), STAGE)
         else:
             sheet.box(x, y, STAGE, STAGE, GRAY, fill=PALE, radius=14)
-            for i, line in enumerate(stage.content):
-                sheet.text(middle, y + STAGE / 2 + 40 * (i - (len(stage.content) - 1) / 2), line,
+            for i, line in enumerate(content):
+                sheet.text(middle, y + STAGE / 2 + 40 * (i - (len(content) - 1) / 2), line,
                            anchor="mm")
-    for stage, (x, y), (x1, y1) in zip(stages, corners, corners[1:]):
+    for (*_, shape, action), (x, y), (x1, y1) in zip(stages, corners, corners[1:]):
         if y == y1:                                         # to the right
             y += STAGE // 2
             points, turn = [(x + STAGE + 12, y), (x1 - 16, y)], 270
@@ -516,8 +482,8 @@ def draw_flow(stages: list[Stage], title: str, caption: str) -> Image.Image:
         end = [SHARP * value for value in (*points[-1], 9)]     # x, y, radius of the arrow's head
         sheet.draw.regular_polygon(end, 3, turn, INK)
         middle = (points[0][0] + points[-1][0]) / 2
-        sheet.text(middle, y - 14, stage.shape, anchor="ms")
-        sheet.text(middle, y + 34, stage.action, GRAY, "ms")
+        sheet.text(middle, y - 14, shape, anchor="ms")
+        sheet.text(middle, y + 34, action, GRAY, "ms")
     return sheet.picture()
 
 
@@ -526,32 +492,35 @@ def draw_flow(stages: list[Stage], title: str, caption: str) -> Image.Image:
 
 @dataclasses.dataclass
 class Given:
-    """A model and the images to show it, as the flags name them."""
+    """What the flags name: a model and the images to show it."""
     model: nn.Module
     checkpoint: dict
     images: Tensor              # uint8 (n, 3, H, W)
-    names: list[str]            # of the files, or the numbers of the test images
-    truths: list[str]           # the classes of the test images; "" if it is not known
+    labels: list[str]           # one for each image, to print and to draw
+    truths: list[str]           # its true class, "" if that is not known
     caption: str
-
-    @property
-    def labels(self) -> list[str]:
-        return [f"{name} {truth}".rstrip() for name, truth in zip(self.names, self.truths)]
 
 
 def load(args: argparse.Namespace, kind: str | None = None) -> Given:
-    """The model of --checkpoint with image files, or else with test images. kind: as of `load_run`.
-    Raises BadInput, OSError."""
-    if args.images and (args.indices or args.dataset):
-        raise BadInput("give either image files or --dataset and --indices, not both")
+    """The model of --checkpoint with image files or, if there are none, test images of the data
+    set that --dataset or the checkpoint names. kind: see `load_run`. Raises BadInput, OSError.
+
+    Only --dataset downloads. If CIFAR is missing, the examples of this repository take its place.
+    """
     model, checkpoint, caption = load_run(args.checkpoint, kind)
-    size = getattr(model, "encoder", model).image_size      # a classifier is an encoder
-    name, folder, here = find_dataset(args, checkpoint["settings"])
-    files = args.images
-    if not (files or here or args.dataset):                 # of the same kind as CIFAR's images
-        examples = sorted((HERE / "assets" / "examples").glob("*.png"))[:args.count]
-        files = examples if name in data.SOURCES and not args.indices else []
-        if not files:
+    settings, files = checkpoint["settings"], args.images
+    if files and (args.indices or args.dataset):
+        raise BadInput("give either image files or --dataset and --indices, not both")
+    name, size = args.dataset or settings["dataset"], getattr(model, "encoder", model).image_size
+    own_folder = Path(settings.get("data_dir", "data") if name == settings["dataset"] else "data")
+    folder, needed = args.data_dir or own_folder, ""
+    if name in data.SOURCES:
+        if not (args.data_dir or folder.is_dir()):
+            folder = Path("data")                           # the weights may be from elsewhere
+        needed = data.SOURCES[name].folder
+    if not (files or args.dataset or name == "shapes" or (folder / needed).exists()):
+        files = sorted((HERE / "assets" / "examples").glob("*.png"))[:args.count]
+        if args.indices or not files or name not in data.SOURCES:
             raise BadInput(f"the data set {name} is not in {folder}: give image files, --data-dir, "
                            "or --dataset to download one")
     if files:
@@ -564,18 +533,9 @@ def load(args: argparse.Namespace, kind: str | None = None) -> Given:
         raise BadInput(f"image {max(chosen)}: the test images of {dataset.title} are numbered 0 to "
                        f"{len(dataset.test_images) - 1}; see --indices")
     truths = [dataset.classes[dataset.test_labels[i]] if dataset.classes else "" for i in chosen]
-    return Given(model, checkpoint, dataset.test_images[chosen], list(map(str, chosen)), truths,
+    return Given(model, checkpoint, dataset.test_images[chosen],
+                 [f"{i} {truth}".rstrip() for i, truth in zip(chosen, truths)], truths,
                  f"{dataset.title} test images · {caption}")
-
-
-def find_dataset(args: argparse.Namespace, settings: dict) -> tuple[str, Path, bool]:
-    """The data set that --dataset or the checkpoint names, its folder, and whether it is there."""
-    name = args.dataset or settings["dataset"]
-    folder = args.data_dir or Path(settings.get("data_dir", "data"))
-    if not args.data_dir and (name != settings["dataset"] or not folder.is_dir()):
-        folder = Path("data")
-    parts = [data.SOURCES[name].folder] if name in data.SOURCES else ["train", "test", "val"]
-    return name, folder, name == "shapes" or any((folder / part).exists() for part in parts)
 
 
 def load_run(path: Path, kind: str | None = None) -> tuple[nn.Module, dict, str]:
@@ -607,20 +567,17 @@ def describe_task(model: mae.MAEViT) -> str:
 
 
 def read_epochs(run: Path) -> dict[int, Tensor]:
-    """What `save_epoch` kept in a run's folder: tiles uint8 (B, 3, 3, H, W) by epoch, in order.
+    """The tiles of `save_epoch` in a run's folder: uint8 (B, 3, 3, H, W) by epoch, in order.
     Raises BadInput if there are none, or one is damaged or shows other images; OSError."""
     folder, epochs = run / "reconstructions", {}
     for path in sorted(folder.glob("epoch-*.npy")):
         content = io.BytesIO(path.read_bytes())
-        try:
+        with data.damaged_if_it_fails(path):
             tiles = torch.from_numpy(np.load(content, allow_pickle=False))
-            B, _, _, _, side = next(iter(epochs.values()), tiles).shape
-            if (tiles.dtype, *tiles.shape) != (torch.uint8, B, 3, 3, side, side) or not B * side:
-                raise ValueError("not tiles")
+            first = next(iter(epochs.values()), tiles)
+            if tiles.dtype != torch.uint8 or tiles.ndim != 5 or tiles.shape != first.shape:
+                raise ValueError("other images than in the first epoch")
             epochs[int(path.stem.removeprefix("epoch-"))] = tiles
-        except Exception:       # what np.load raises for damaged files has no common type
-            raise BadInput(f"{path} is damaged, or shows other images than the first epoch: "
-                           "delete it") from None
     if not epochs:
         raise BadInput(f"{folder} has no epoch-*.npy: give the folder of a run of pretrain.py")
     return dict(sorted(epochs.items()))
@@ -644,16 +601,15 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 # ------------------------------------------------------------------------------ the toolkit
 
-SHARP = 3                               # sheets are drawn this many times larger, then reduced
+SHARP = 3                       # sheets are drawn this many times larger, then reduced
+
 
 @functools.cache
 def font(size: int) -> ImageFont.FreeTypeFont:
     """The font that comes with Pillow. Raises BadInput if this Pillow cannot draw text."""
-    try:
+    with contextlib.suppress(ImportError):
         return ImageFont.load_default(size)
-    except ImportError as error:
-        raise BadInput(f"Pillow was built without FreeType, which draws text ({error}): install "
-                       "Pillow anew") from None
+    raise BadInput("this Pillow was built without FreeType and cannot draw text: install it again")
 
 
 def text_width(text: str) -> float:
@@ -739,11 +695,6 @@ def mosaic(pictures: Tensor, size: int) -> Tensor:
         y, x = top + i // columns * step, left + i % columns * step
         page[:, y:y + h, x:x + h] = picture
     return page
-
-
-def count_across(count: int) -> int:
-    """How many of `count` images are side by side: at most three, and four are two by two."""
-    return 2 if count == 4 else min(count, 3)
 
 
 def column(title: str, tiles: Tensor, notes=()) -> tuple[str, list[tuple[Tensor, str]]]:
