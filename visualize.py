@@ -1,7 +1,6 @@
 """A gallery: every picture of this repository, drawn with Pillow alone.
 
-Input: a checkpoint and images, or the folder of a run. Output: a PIL image or, from the program, a
-file. The pictures, in this order:
+Input: a checkpoint and images, or the folder of a run. Output: a picture. In this order:
 
     reconstruct   masked | reconstruction | original        MAE, figure 2
     ratios        the same images at growing mask ratios    MAE, figure 4
@@ -14,10 +13,7 @@ file. The pictures, in this order:
 
 Each picture is one function, `draw_NAME(args)`, followed by its helpers. Then come the input, the
 toolkit that draws, and the program. A new picture needs its function and a line in `make_parser`.
-
-Sources:
-    MAE   He et al. 2021, Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377
-    ViT   Dosovitskiy et al. 2020, An Image Is Worth 16x16 Words, arXiv 2010.11929
+MAE: He et al. 2021, arXiv 2111.06377. ViT: Dosovitskiy et al. 2020, arXiv 2010.11929.
 """
 import argparse
 import contextlib
@@ -25,7 +21,6 @@ import csv
 import dataclasses
 import functools
 import io
-import itertools
 import math
 import sys
 import textwrap
@@ -43,6 +38,7 @@ from data import BadInput
 
 HERE = Path(__file__).parent
 WIDTH, MARGIN, GAP = 1720, 40, 6        # pixels: about twice the width of a README
+SHARP = 3                               # pages are drawn this many times larger, then reduced
 INK, GRAY, FAINT, PAPER = (31, 35, 40), (95, 103, 112), (222, 226, 231), (255, 255, 255)
 PALE, HIDDEN = (246, 248, 250), 195     # a background; the gray level of a masked patch
 
@@ -58,8 +54,7 @@ def draw_reconstruct(args: argparse.Namespace) -> Image.Image:
     for label, error in zip(given.labels, errors.tolist()):
         print(f"{label}: error {error:.4f}")
     print(f"mean error of the masked patches, pixels scaled to -1..1: {errors.mean():.4f}")
-    caption = given.caption
-    caption += f" · masked here: {args.mask_ratio:g}" if args.mask_ratio else ""
+    caption = given.caption + (f" · masked here: {args.mask_ratio:g}" if args.mask_ratio else "")
     caption += " · visible patches not pasted back" if args.raw else ""
     return draw_triples(tiles, "Reconstructions", caption, errors, given.labels)
 
@@ -77,7 +72,7 @@ def reconstruct(model: mae.MAEViT, images: Tensor, noise: Tensor, raw: bool = Fa
 
     images uint8 (B, 3, H, W), noise (B, N) -> tiles uint8 (B, 3, 3, H, W): masked, reconstruction,
     original; error (B,): the mean squared error over the masked patches, of pixels scaled to -1..1.
-    Both are on the CPU. The visible patches are pasted back unless `raw`. mask_ratio: replaces the
+    Both are on the CPU. raw: do not paste the visible patches back. mask_ratio: replaces the
     model's own. Raises BadInput if it leaves no patch visible or none masked.
     """
     device, p = model.encoder.pos_embed.device, model.encoder.patch_size
@@ -102,10 +97,8 @@ def to_pixels(model: mae.MAEViT, pred: Tensor, patches: Tensor) -> Tensor:
 
 
 def draw_triples(tiles: Tensor, title: str, caption: str, errors=(), labels=()) -> Image.Image:
-    """Masked, reconstruction, original, up to three images side by side.
-
-    tiles: uint8 (B, 3, 3, H, W) and errors: (B,), from `reconstruct`; labels: one for each image.
-    """
+    """Masked, reconstruction, original, up to three images side by side: tiles uint8
+    (B, 3, 3, H, W) and errors (B,), from `reconstruct`, and labels, one for each image."""
     across = math.ceil(len(tiles) / math.ceil(len(tiles) / 3))     # four images: two by two
     notes, groups = [f"error {error:.4f}" for error in errors], []
     for start in range(across):
@@ -123,9 +116,8 @@ def draw_ratios(args: argparse.Namespace) -> Image.Image:
     groups = [[column("original", given.images, given.labels)]]
     for ratio in (0.5, 0.75, 0.85, 0.95):
         tiles, errors = reconstruct(given.model, given.images, noise, mask_ratio=ratio)
-        notes = [f"error {error:.4f}" for error in errors]
         groups.append([column(f"{100 * ratio:g} % masked", tiles[:, 0]),
-                       column("reconstruction", tiles[:, 1], notes)])
+                       column("reconstruction", tiles[:, 1], [f"error {e:.4f}" for e in errors])])
     return draw_grid(groups, "How much can be hidden?", given.caption)
 
 
@@ -140,27 +132,26 @@ def draw_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
     if animation:
         return [draw_triples(epochs[epoch], f"Reconstructions after epoch {epoch}", caption)
                 for epoch in shown]
-    last = epochs[shown[-1]]                                # (B, 3, 3, H, W)
-    groups = [[column("masked", last[:, 0])],
-              [column(f"epoch {epoch}" if epoch else "untrained", epochs[epoch][:, 1])
-               for epoch in shown],
-              [column("original", last[:, 2])]]
-    return draw_grid(groups, "Reconstructions as pre-training goes on", caption)
+    masked, _, original = epochs[shown[-1]].unbind(dim=1)   # (B, 3, H, W) each
+    filled = [column(f"epoch {epoch}" if epoch else "untrained", epochs[epoch][:, 1])
+              for epoch in shown]
+    return draw_grid([[column("masked", masked)], filled, [column("original", original)]],
+                     "Reconstructions as pre-training goes on", caption)
 
 
 def save_epoch(folder: Path, epoch: int, model: mae.MAEViT, images: Tensor, noise: Tensor,
                caption: str) -> None:
-    """Write the reconstructions after an epoch: a picture, epoch-0001.png, and the same tiles as an
-    array, epoch-0001.npy, from which `timeline` draws. Raises OSError.
+    """Write the reconstructions after an epoch (0: before training): a picture, epoch-0001.png, and
+    its tiles as an array, epoch-0001.npy, from which `timeline` draws. Raises OSError.
 
-    epoch: 0 before training; images uint8 (B, 3, H, W), noise (B, N); caption: data set and run.
+    images: uint8 (B, 3, H, W); noise: (B, N); caption: data set and run.
     """
     tiles, errors = reconstruct(model, images, noise)
     array = io.BytesIO()
     np.save(array, tiles.numpy())
     data.write_file(folder / f"epoch-{epoch:04}.npy", array.getvalue())
-    caption += f" · {describe_task(model)}"
-    picture = draw_triples(tiles, f"Reconstructions after epoch {epoch}", caption, errors)
+    picture = draw_triples(tiles, f"Reconstructions after epoch {epoch}",
+                           f"{caption} · {describe_task(model)}", errors)
     save(picture, folder / f"epoch-{epoch:04}.png")
 
 
@@ -189,19 +180,18 @@ def draw_predict(args: argparse.Namespace) -> Image.Image:
         print(f"{label}: {text}{' (wrong)' if wrong[i] else ''}")
         x, y = MARGIN + i % across * step, sheet.top + 8 + i // across * pitch
         sheet.tile(x, y, image, PORTRAIT)
-        draw_bars(sheet, x + PORTRAIT + 20, y, label, guesses, truth)
+        draw_bars(sheet, x + PORTRAIT + 20, y, label, guesses, truth or guesses[0][0])
     return sheet.picture()
 
 
 def draw_bars(sheet: "Sheet", x: int, y: int, heading: str, guesses: list[tuple[str, float]],
               truth: str) -> None:
-    """A heading, and bars for pairs of a class and its probability, the largest first. truth: the
-    class whose bar is blue, or "": then it is the first one."""
-    width, best = CARD - PORTRAIT - 20, guesses[0][0]
+    """A heading, and bars for classes and their probabilities, the largest first."""
+    width = CARD - PORTRAIT - 20
     sheet.text(x, y + 12, heading, anchor="lm", fit=width)
     for i, (name, value) in enumerate(guesses):
         top = y + 36 + 32 * i
-        color = TRUE if name == (truth or best) else WRONG if name == best else OTHER
+        color = TRUE if name == truth else WRONG if i == 0 else OTHER
         sheet.box(x, top, width, 28, fill=PALE)
         sheet.box(x, top, round(width * value), 28, fill=color)
         sheet.text(x + 8, top + 14, name, anchor="lm", fit=width - 106)
@@ -214,8 +204,7 @@ COLORS = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180,
           (230, 159, 0), (0, 0, 0), (150, 150, 150)]    # Okabe and Ito's, safe for the color-blind
 LARGEST = 1e99                  # what is larger cannot be drawn: sums would overflow
 THICK, THIN = 4, 2              # pixels: lines of the test set and of the training set
-PANELS = {      # title: columns of log.csv and how thick their lines are. Runs without the first
-                # column are left out: their test_loss is of another kind.
+PANELS = {      # title: columns of log.csv with the widths of their lines; for runs with the first
     "reconstruction loss (mean squared error)": {"loss": THIN, "test_loss": THICK},
     "classification loss (cross-entropy)": {"train_loss": THIN, "test_loss": THICK},
     "accuracy in %": {"train_accuracy": THIN, "test_accuracy": THICK},
@@ -236,11 +225,8 @@ def draw_curves(args: argparse.Namespace) -> Image.Image:
 
 
 def plot_curves(runs: dict[str, list[dict]], caption: str = "") -> Image.Image:
-    """Losses, accuracies and learning rates of runs, by epoch.
-
-    runs: for each label in the legend, the rows of log.csv as dicts of numbers, at least one.
-    Raises BadInput if there are more runs than colors.
-    """
+    """The panels of runs. runs: for each label in the legend, the rows of log.csv as dicts of
+    numbers, at least one. Raises BadInput if there are more runs than colors."""
     if len(runs) > len(COLORS):
         raise BadInput(f"{len(runs)} runs are too many for one picture: give at most {len(COLORS)}")
     panels = {}                                             # title: lines
@@ -250,13 +236,11 @@ def plot_curves(runs: dict[str, list[dict]], caption: str = "") -> Image.Image:
                 for name, width in columns.items():
                     points = np.array([(row["epoch"], row.get(name, math.nan)) for row in rows])
                     panels.setdefault(title, []).append((*points.T, color, width))
-    across = 3 if len(panels) == 3 else min(2, len(panels))
-    room, height = WIDTH - 2 * MARGIN, 460                  # height: of a panel
+    across, room, height = len(panels) if len(panels) < 4 else 2, WIDTH - 2 * MARGIN, 460
     entries = 3 if len(runs) > 2 else 2                     # of the legend, in a line
     legend = 38 * math.ceil(len(runs) / entries) + 16       # height
-    caption = f"{caption} · thick: test, thin: train".removeprefix(" · ")
     sheet = Sheet(WIDTH, legend + height * math.ceil(len(panels) / across), "Training curves",
-                  caption)
+                  f"{caption} · thick: test, thin: train".removeprefix(" · "))
     for i, (label, color) in enumerate(zip(runs, COLORS)):
         left, y = MARGIN + i % entries * room // entries, sheet.top + 18 + i // entries * 38
         sheet.line([(left, y), (left + 52, y)], color, THICK)
@@ -268,10 +252,8 @@ def plot_curves(runs: dict[str, list[dict]], caption: str = "") -> Image.Image:
 
 
 def draw_panel(sheet: "Sheet", box: tuple, title: str, lines: list[tuple]) -> None:
-    """Axes and curves in the box (left, top, right, bottom).
-
-    lines: (epochs (n,), values (n,), color, width). Values that are not finite are gaps.
-    """
+    """Axes and curves in the box (left, top, right, bottom). lines: (epochs (n,), values (n,),
+    color, width); values that are not finite are gaps."""
     left, top, right, bottom = box[0] + 108, box[1] + 44, box[2] - 16, box[3] - 80
     sheet.text(left, box[1] + 32, title, anchor="ls", fit=right - left)
     sheet.text((left + right) / 2, bottom + 46, "epoch", GRAY, "ma")
@@ -317,9 +299,7 @@ def ticks(low: float, high: float) -> list[tuple[float, str]]:
 @torch.no_grad()
 def draw_attention(args: argparse.Namespace) -> Image.Image:
     """Where the class token or a patch looks, head by head (ViT, section 4.5).
-
-    Each map is scaled by its own largest weight. The weight on the class token is left out.
-    """
+    Each map is scaled by its own largest weight. The weight on the class token is left out."""
     given, patch = load(args), args.patch
     model, images, caption = given.model, given.images, given.caption
     encoder = getattr(model, "encoder", model)              # a classifier is an encoder
@@ -351,12 +331,8 @@ def draw_attention(args: argparse.Namespace) -> Image.Image:
 @torch.no_grad()
 def draw_embeddings(args: argparse.Namespace) -> Image.Image:
     """Position embeddings compared (ViT, figure 7), and filters of the patch embedding.
-
-    The map at row i, column j shows the cosine similarity of the position embedding of patch (i, j)
-    with those of all patches. Their mean is subtracted first: it says nothing about position.
-    A filter is the weights of one output for the pixels of a patch, scaled by the largest of them.
-    Those with the largest norm are shown.
-    """
+    A map shows the cosine similarity of one patch's position embedding with those of all patches,
+    after their mean is subtracted. A filter is scaled by its own largest weight."""
     model, _, caption = load_run(args.checkpoint)
     encoder, size = getattr(model, "encoder", model), 544   # pixels
     side = encoder.image_size // encoder.patch_size
@@ -375,8 +351,8 @@ def draw_embeddings(args: argparse.Namespace) -> Image.Image:
     count = min(14, math.isqrt(encoder.dim)) ** 2           # as many as fill a square
     filters = filters[filters.flatten(1).norm(dim=1).argsort(descending=True)[:count]]
     filters = filters / filters.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-9)
-    filters = mosaic(data.unscale(filters), size)
-    groups.append([column(f"{count} of {encoder.dim} patch filters", filters[None])])
+    groups.append([column(f"{count} of {encoder.dim} patch filters",
+                          mosaic(data.unscale(filters), size)[None])])
     return draw_grid(groups, "Position embeddings and patch filters", caption,
                      "each map: cosine similarity of its position with all others, -1 to 1")
 
@@ -452,11 +428,8 @@ def make_stages(model: mae.MAEViT, image: Tensor, noise: Tensor) -> list[tuple]:
 
 
 def draw_flow(stages: list[tuple], title: str, caption: str) -> Image.Image:
-    """Stages, four in a row, with an arrow from each to the next.
-
-    stages: (name, small pictures uint8 (M, 3, h, h) or the lines of text in a box, note, text over
-    the arrow: a shape, text under it: an action).
-    """
+    """Stages, four in a row, with an arrow from each to the next. A stage: its name; small pictures
+    uint8 (M, 3, h, h) or lines of text; a note; the texts over and under its arrow."""
     step, pitch = (WIDTH - 2 * MARGIN - STAGE) // 3, STAGE + 172
     sheet = Sheet(WIDTH, math.ceil(len(stages) / 4) * pitch - 96, title, caption)
     corners = [(MARGIN + i % 4 * step, sheet.top + 36 + i // 4 * pitch) for i in range(len(stages))]
@@ -479,8 +452,8 @@ def draw_flow(stages: list[tuple], title: str, caption: str) -> Image.Image:
             x, x1, y = x + STAGE // 2, x1 + STAGE // 2, y1 - 84
             points, turn = [(x, y - 12), (x, y), (x1, y), (x1, y1 - 44)], 180
         sheet.line(points)
-        end = [SHARP * value for value in (*points[-1], 9)]     # x, y, radius of the arrow's head
-        sheet.draw.regular_polygon(end, 3, turn, INK)
+        tip = [SHARP * value for value in (*points[-1], 9)]     # x, y, radius of the arrow's tip
+        sheet.draw.regular_polygon(tip, 3, turn, INK)
         middle = (points[0][0] + points[-1][0]) / 2
         sheet.text(middle, y - 14, shape, anchor="ms")
         sheet.text(middle, y + 34, action, GRAY, "ms")
@@ -503,22 +476,19 @@ class Given:
 
 def load(args: argparse.Namespace, kind: str | None = None) -> Given:
     """The model of --checkpoint with image files or, if there are none, test images of the data
-    set that --dataset or the checkpoint names. kind: see `load_run`. Raises BadInput, OSError.
-
-    Only --dataset downloads. If CIFAR is missing, the examples of this repository take its place.
-    """
+    set that --dataset or the checkpoint names. Only --dataset downloads: if CIFAR is missing, the
+    examples of this repository take its place. kind: see `load_run`. Raises BadInput, OSError."""
     model, checkpoint, caption = load_run(args.checkpoint, kind)
     settings, files = checkpoint["settings"], args.images
     if files and (args.indices or args.dataset):
         raise BadInput("give either image files or --dataset and --indices, not both")
     name, size = args.dataset or settings["dataset"], getattr(model, "encoder", model).image_size
     own_folder = Path(settings.get("data_dir", "data") if name == settings["dataset"] else "data")
-    folder, needed = args.data_dir or own_folder, ""
-    if name in data.SOURCES:
-        if not (args.data_dir or folder.is_dir()):
-            folder = Path("data")                           # the weights may be from elsewhere
-        needed = data.SOURCES[name].folder
-    if not (files or args.dataset or name == "shapes" or (folder / needed).exists()):
+    folder = args.data_dir or own_folder
+    if name in data.SOURCES and not (args.data_dir or folder.is_dir()):
+        folder = Path("data")                               # the weights may be from elsewhere
+    needed = folder / (data.SOURCES[name].folder if name in data.SOURCES else "")
+    if not (files or args.dataset or name == "shapes" or needed.exists()):
         files = sorted((HERE / "assets" / "examples").glob("*.png"))[:args.count]
         if args.indices or not files or name not in data.SOURCES:
             raise BadInput(f"the data set {name} is not in {folder}: give image files, --data-dir, "
@@ -549,8 +519,7 @@ def load_run(path: Path, kind: str | None = None) -> tuple[nn.Module, dict, str]
 
 
 def run_label(path: Path, settings: dict) -> str:
-    """The name of a run's folder, or of a renamed file, and of its data set if the settings have
-    one."""
+    """The name of a run's folder, or of a renamed file, and its data set if the settings tell."""
     path = path.resolve()
     if path.name in ("checkpoint.pt", "weights.pt", "log.csv"):
         path = path.parent
@@ -601,8 +570,6 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 # ------------------------------------------------------------------------------ the toolkit
 
-SHARP = 3                       # sheets are drawn this many times larger, then reduced
-
 
 @functools.cache
 def font(size: int) -> ImageFont.FreeTypeFont:
@@ -618,11 +585,9 @@ def text_width(text: str) -> float:
 
 
 class Sheet:
-    """A white page with a title and a caption, readable on a light and on a dark background.
-
-    x and y are pixels from its top left corner; below `top` are `height` pixels for the picture.
-    Everything is drawn SHARP times larger and reduced at the end, which smooths lines and text.
-    """
+    """A white page with a title and a caption. x and y are pixels from its top left corner; below
+    `top` are `height` pixels for the picture. Everything is drawn SHARP times larger and reduced at
+    the end, which smooths lines and text."""
 
     def __init__(self, width: int, height: int, title: str, caption: str) -> None:
         room = width - 2 * MARGIN
@@ -633,7 +598,7 @@ class Sheet:
         self.draw = ImageDraw.Draw(self.canvas)
         self.draw.text((SHARP * MARGIN, SHARP * MARGIN), title, INK, font(SHARP * 32))
         for i, line in enumerate(lines):
-            self.text(MARGIN, MARGIN + 46 + 32 * i, line, GRAY, fit=room)
+            self.text(MARGIN, MARGIN + 46 + 32 * i, line.strip(" ·"), GRAY, fit=room)
 
     def picture(self) -> Image.Image:
         return self.canvas.reduce(SHARP)
@@ -689,7 +654,7 @@ def mosaic(pictures: Tensor, size: int) -> Tensor:
     pictures = pictures.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
     h, step = h * enlarge, h * enlarge + gap
     size = max(size, rows * step - gap)
-    top, left = (size - rows * step + gap) // 2, (size - columns * step + gap) // 2
+    top, left = ((size - count * step + gap) // 2 for count in (rows, columns))
     page = torch.full((3, size, size), 255, dtype=torch.uint8)
     for i, picture in enumerate(pictures):
         y, x = top + i // columns * step, left + i % columns * step
@@ -699,16 +664,15 @@ def mosaic(pictures: Tensor, size: int) -> Tensor:
 
 def column(title: str, tiles: Tensor, notes=()) -> tuple[str, list[tuple[Tensor, str]]]:
     """A column for `draw_grid`: tiles uint8 (n, 3, H, W), and the text under each, if any."""
-    return title, list(itertools.zip_longest(tiles, notes, fillvalue=""))
+    return title, list(zip(tiles, notes or [""] * len(tiles)))
 
 
 def draw_grid(groups: list[list[tuple]], title: str, caption: str, color_label: str = "",
               outline: tuple[int, int, int] | None = None) -> Image.Image:
     """Square tiles in columns, as large as the sheet's width allows.
 
-    groups: lists of columns, with wider gaps between the groups; a column is its title and a list
-    of (tile, note), as from `column`. color_label: what the colors of `heat` mean. outline: y, x
-    and side of a square to outline in every tile.
+    groups: lists of columns, from `column`, with wider gaps between the groups. color_label: what
+    the colors of `heat` mean. outline: y, x and side of a square to outline in every tile.
     """
     columns = [one for group in groups for one in group]
     W = columns[0][1][0][0].shape[-1]
