@@ -92,7 +92,7 @@ def reconstruct(model: mae.MAEViT, images: Tensor, noise: Tensor, raw: bool = Fa
 
 
 def to_pixels(model: mae.MAEViT, pred: Tensor, patches: Tensor) -> Tensor:
-    """What the model predicts for the original `patches`: 2 x (B, N, 3*p*p) -> the same shape."""
+    """The prediction as pixels, given the original `patches`: 2 x (B, N, 3*p*p) -> the same."""
     return mae.denormalize_patches(pred, patches) if model.norm_pix_loss else pred
 
 
@@ -204,7 +204,7 @@ COLORS = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180,
           (230, 159, 0), (0, 0, 0), (150, 150, 150)]    # Okabe and Ito's, safe for the color-blind
 LARGEST = 1e99                  # what is larger cannot be drawn: sums would overflow
 THICK, THIN = 4, 2              # pixels: lines of the test set and of the training set
-PANELS = {      # title: columns of log.csv with the widths of their lines; for runs with the first
+PANELS = {      # title: columns of log.csv, line widths; a run without the first has no curve there
     "reconstruction loss (mean squared error)": {"loss": THIN, "test_loss": THICK},
     "classification loss (cross-entropy)": {"train_loss": THIN, "test_loss": THICK},
     "accuracy in %": {"train_accuracy": THIN, "test_accuracy": THICK},
@@ -374,8 +374,8 @@ def draw_architecture(args: argparse.Namespace) -> Image.Image:
 
 @torch.no_grad()
 def make_stages(model: mae.MAEViT, image: Tensor, noise: Tensor) -> list[tuple]:
-    """What the model computes from an image, uint8 (3, H, W), and noise (1, N): the stages for
-    `draw_flow`. The tensors are those of the model itself, caught by hooks on its modules."""
+    """The stages for `draw_flow` of an image, uint8 (3, H, W), with noise (1, N). The tensors are
+    those that the model itself computes, caught by hooks on its modules."""
     images, p = data.scale(image[None]), model.encoder.patch_size       # (1, 3, H, W)
     seen = {}                                               # by module: (its inputs, its output)
     for name, module in model.named_modules():
@@ -465,7 +465,7 @@ def draw_flow(stages: list[tuple], title: str, caption: str) -> Image.Image:
 
 @dataclasses.dataclass
 class Given:
-    """What the flags name: a model and the images to show it."""
+    """The model and the images that the flags name."""
     model: nn.Module
     checkpoint: dict
     images: Tensor              # uint8 (n, 3, H, W)
