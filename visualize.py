@@ -348,7 +348,7 @@ def draw_embeddings(args: argparse.Namespace) -> Image.Image:
         maps = mosaic(heat((similarity + 1) / 2), size)
         groups.append([column(f"position embeddings of the {name}", maps[None])])
     filters = encoder.patch_embed.proj.weight               # (D, 3, p, p)
-    count = min(14, math.isqrt(encoder.dim)) ** 2           # as many as fill a square
+    count = min(14, math.isqrt(encoder.dim)) ** 2           # the largest, as many as fill a square
     filters = filters[filters.flatten(1).norm(dim=1).argsort(descending=True)[:count]]
     filters = filters / filters.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-9)
     groups.append([column(f"{count} of {encoder.dim} patch filters",
