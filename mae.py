@@ -1,33 +1,33 @@
 """A masked autoencoder (MAE) with a Vision Transformer (ViT), from pixels to loss.
 
 Input: images (B, 3, H, W), scaled to -1..1. Output: the mean squared error of the predicted pixels
-over the masked patches. The steps are those of figure 1 in the MAE paper, and this file follows
-them from top to bottom:
+over the masked patches. The steps are those of figure 1 in the MAE paper. This file follows them
+from top to bottom:
 
     images -> patches -> tokens -> visible tokens -> encoder -> decoder -> pred
-              cut up     embed,    hide 75 % of               mask tokens  compared with the
-                         position  them at random             in the gaps  hidden patches
+              cut up     embed,    mask 75 % of               mask tokens  compared with the
+                         position  them at random             in the gaps  masked patches
 
     B  images in a batch            D   width of the encoder
     N  patches in an image          D'  width of the decoder
     K  visible patches              T   tokens in a sequence
     p  side of a patch in pixels    h   attention heads
 
-Names of the authors' code (github.com/facebookresearch/mae) and what they are called here:
+Names in the authors' code (github.com/facebookresearch/mae) and here:
     random_masking  PatchShuffle        decoder_embed           Decoder.embed
-    ids_restore     restore             decoder_blocks          Decoder.blocks
-    ids_keep        shuffle[:, :K]      decoder_pred            Decoder.head
-    forward_loss    MAEViT.loss         get_2d_sincos_pos_embed sine_cosine
+    ids_keep        ids_shuffle[:, :K]  decoder_blocks          Decoder.blocks
+    forward_loss    MAEViT.loss         decoder_pred            Decoder.head
+                                        get_2d_sincos_pos_embed sine_cosine
 
 Sources:
     MAE   He et al. 2021, Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377
     ViT   Dosovitskiy et al. 2020, An Image Is Worth 16x16 Words, arXiv 2010.11929
 
-Differences from the MAE paper, usual for small images: position embeddings are learned, queries,
-keys and values have no bias, and there is no LayerNorm between the decoder's blocks and its head.
-If encoder and decoder have the same width, there is no linear layer between them. Two choices are
-our own: the frequencies of the initial positions fit a small grid, and the decoder's head starts
-with small weights.
+Differences from the MAE paper that are common for small images: position embeddings are learned,
+queries, keys and values have no bias, and there is no LayerNorm between the decoder's blocks and
+its head. If encoder and decoder have the same width, there is no linear layer between them. Two
+choices are our own: the frequencies of the initial position embeddings fit a small grid, and the
+weights of the decoder's head start small.
 """
 import math
 
@@ -67,24 +67,23 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(B, 3, side * p, side * p)
 
 
-def mean_and_deviation(patches: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_std(patches: Tensor) -> tuple[Tensor, Tensor]:
     """The mean and standard deviation of each patch's values: (B, N, 3*p*p) -> 2 x (B, N, 1)."""
     var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (var + 1e-6).sqrt()
 
 
 def normalize_patches(patches: Tensor) -> Tensor:
-    """Subtract each patch's own mean and divide by its own standard deviation (MAE, section 3,
-    "Reconstruction target"): (B, N, 3*p*p) -> the same shape."""
-    mean, deviation = mean_and_deviation(patches)
-    return (patches - mean) / deviation
+    """Subtract each patch's own mean and divide by its own std (MAE, section 3, "Reconstruction
+    target"): (B, N, 3*p*p) -> the same shape."""
+    mean, std = mean_and_std(patches)
+    return (patches - mean) / std
 
 
 def denormalize_patches(normalized: Tensor, patches: Tensor) -> Tensor:
-    """The inverse of `normalize_patches`, with the mean and deviation of the original `patches`:
-    (B, N, 3*p*p) and (B, N, 3*p*p) -> the same shape."""
-    mean, deviation = mean_and_deviation(patches)
-    return normalized * deviation + mean
+    """The inverse, given the original `patches`: 2 x (B, N, 3*p*p) -> the same shape."""
+    mean, std = mean_and_std(patches)
+    return normalized * std + mean
 
 
 # ------------------------------------------------------------------------------ masking
@@ -99,8 +98,8 @@ class PatchShuffle(nn.Module):
     """Random masking by shuffling (MAE, section 3, "Simple implementation").
 
     The tokens of each image are shuffled. The first K = round(N * (1 - mask_ratio)) stay visible,
-    the other N - K are masked. The class token takes no part in this. Its methods raise ValueError
-    if no token would be visible or none masked.
+    the other N - K are masked. The class token is not among them. The methods raise ValueError if
+    all tokens would be masked, or none.
     """
 
     def __init__(self, mask_ratio: float) -> None:
@@ -108,7 +107,7 @@ class PatchShuffle(nn.Module):
         self.mask_ratio = mask_ratio
 
     def count_visible(self, N: int) -> int:
-        """K, of N tokens."""
+        """K, the number of visible tokens out of N."""
         K = round(N * (1 - self.mask_ratio))
         if not 0 < K < N:
             kind = "visible" if K <= 0 else "masked"
@@ -116,19 +115,19 @@ class PatchShuffle(nn.Module):
         return K
 
     def forward(self, tokens: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, D) -> visible (B, K, D), restore (B, N), mask (B, N) with 1 for masked tokens.
+        """(B, N, D) -> visible (B, K, D), ids_restore (B, N), mask (B, N): 1 masked, 0 visible.
 
-        noise (B, N), uniform, decides the order: the same noise masks the same tokens.
+        noise: (B, N), uniform. Its order is the shuffle: the same noise masks the same tokens.
         """
         B, N, _ = tokens.shape
         K = self.count_visible(N)
         if noise is None:
             noise = torch.rand(B, N, device=tokens.device)
-        shuffle = noise.argsort(dim=1)                      # (B, N) place -> token
-        restore = shuffle.argsort(dim=1)                    # (B, N) token -> place, the inverse
-        visible = take(tokens, shuffle[:, :K])              # (B, K, D)
-        mask = (restore >= K).float()                       # (B, N)
-        return visible, restore, mask
+        ids_shuffle = noise.argsort(dim=1)                  # (B, N) place -> token
+        ids_restore = ids_shuffle.argsort(dim=1)            # (B, N) token -> place, the inverse
+        visible = take(tokens, ids_shuffle[:, :K])          # (B, K, D)
+        mask = (ids_restore >= K).float()                   # (B, N)
+        return visible, ids_restore, mask
 
 
 # ------------------------------------------------------------------------------ transformer
@@ -167,7 +166,7 @@ class Attention(nn.Module):
         q, k, v = self.split_heads(tokens)                  # each (B, h, T, D/h)
         if q.device.type == "cpu":                          # faster there, above all in bf16
             mixed = self.weights(q, k) @ v
-        else:                                               # the same, without (T, T) in memory
+        else:                                               # the same without storing (T, T)
             mixed = F.scaled_dot_product_attention(q, k, v)
         return self.proj(mixed.transpose(1, 2).reshape(B, T, D))    # mixed is (B, h, T, D/h)
 
@@ -205,8 +204,8 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """One linear layer on the pixels of a patch (ViT, equation 1): (B, N, 3*p*p) -> (B, N, D).
 
-    `proj` is stored as a convolution of stride p, as in timm, so that weights can be exchanged. On
-    patches that are already cut out it is a matrix product.
+    `proj` is a convolution with stride p, as in timm, so that weights can be exchanged. Applied to
+    patches that are already cut out, it is a matrix product.
     """
 
     def __init__(self, patch_size: int, dim: int) -> None:
@@ -221,8 +220,8 @@ def sine_cosine(N: int, D: int) -> Tensor:
     """The initial position embeddings of N patches, (N, D): sines and cosines of each patch's row,
     then of its column (Vaswani et al. 2017, arXiv 1706.03762, section 3.5; MAE, appendix A.1).
 
-    The original frequencies, for long texts, fall from 1 to 1/10,000. Ours fall from 1 to 1/side
-    (side: patches in a row), since slower waves would hardly change from patch to patch.
+    The original frequencies, made for long texts, fall from 1 to 1/10,000. Ours fall from 1 to
+    1/side (side: patches in a row), since slower waves hardly change from patch to patch.
     """
     side, waves = math.isqrt(N), D // 4
     frequencies = side ** (-torch.arange(waves) / max(waves, 1))    # (D/4,)
@@ -248,7 +247,7 @@ def initialize(module: nn.Module) -> None:
 
 
 class Encoder(nn.Module):
-    """A ViT that processes only the tokens that it is given (MAE, section 3, "MAE encoder").
+    """A ViT that sees only the tokens that it is given (MAE, section 3, "MAE encoder").
 
     Raises ValueError if the sizes do not fit together.
     """
@@ -266,7 +265,7 @@ class Encoder(nn.Module):
         self.num_patches = (image_size // patch_size) ** 2  # N
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        positions = sine_cosine(self.num_patches, dim)      # (N, D), none for the class token
+        positions = sine_cosine(self.num_patches, dim)      # (N, D), without the class token
         self.pos_embed = nn.Parameter(positions[None])      # (1, N, D)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
@@ -308,7 +307,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the latent visible patches to all pixels (MAE, section 3, "MAE decoder")."""
+    """From the encoded visible patches to all pixels (MAE, section 3, "MAE decoder")."""
 
     def __init__(self, encoder_dim: int, num_patches: int, patch_size: int, dim: int = 192,
                  depth: int = 4, heads: int = 3) -> None:
@@ -322,21 +321,21 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.head = nn.Linear(dim, 3 * patch_size ** 2)
         initialize(self)
-        nn.init.normal_(self.head.weight, std=0.02)         # or else the first loss is large
+        nn.init.normal_(self.head.weight, std=0.02)         # otherwise the first loss is large
 
-    def fill_gaps(self, latent: Tensor, restore: Tensor) -> Tensor:
-        """Put a mask token wherever a patch is hidden, and all tokens back in image order:
+    def fill_gaps(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """Append a mask token for each masked patch and put all tokens back in image order:
         (B, 1 + K, D), (B, N) -> (B, 1 + N, D')."""
-        B, N = restore.shape
+        B, N = ids_restore.shape
         tokens = self.embed(latent)                         # (B, 1 + K, D')
         cls, visible = tokens[:, :1], tokens[:, 1:]         # (B, 1, D'), (B, K, D')
         gaps = self.mask_token.to(tokens.dtype).expand(B, N - visible.shape[1], -1)
         shuffled = torch.cat([visible, gaps], dim=1)        # (B, N, D')
-        return torch.cat([cls, take(shuffled, restore)], dim=1)     # in image order
+        return torch.cat([cls, take(shuffled, ids_restore)], dim=1)     # in image order
 
-    def forward(self, latent: Tensor, restore: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
         """(B, 1 + K, D), (B, N) -> pred (B, N, 3*p*p), in image order."""
-        tokens = self.fill_gaps(latent, restore) + self.pos_embed       # (B, 1 + N, D')
+        tokens = self.fill_gaps(latent, ids_restore) + self.pos_embed   # (B, 1 + N, D')
         for block in self.blocks:
             tokens = block(tokens)
         return self.head(tokens[:, 1:])                     # without the class token
@@ -348,8 +347,7 @@ class Decoder(nn.Module):
 class MAEViT(nn.Module):
     """The masked autoencoder (MAE, figure 1). Raises ValueError if the sizes do not fit together.
 
-    norm_pix_loss: predict each patch normalized by its own mean and standard deviation, instead of
-    its pixels (MAE, section 3, "Reconstruction target").
+    norm_pix_loss: predict normalized patches, not pixels (MAE, section 3, "Reconstruction target").
     """
 
     def __init__(self, image_size: int = 32, patch_size: int = 2, dim: int = 192,
@@ -368,14 +366,14 @@ class MAEViT(nn.Module):
                 mask_ratio: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, 3, H, W), noise (B, N) -> loss (), pred (B, N, 3*p*p), mask (B, N).
 
-        mask_ratio: instead of the model's own.
+        mask_ratio: replaces the model's own.
         """
         shuffle = self.shuffle if mask_ratio is None else PatchShuffle(mask_ratio)
         patches = self.encoder.patchify(images)             # (B, N, 3*p*p)
         tokens = self.encoder.embed(patches)                # (B, N, D)
-        visible, restore, mask = shuffle(tokens, noise)     # (B, K, D), (B, N), (B, N)
-        latent = self.encoder(visible)                      # (B, 1 + K, D), only the visible ones
-        pred = self.decoder(latent, restore)                # (B, N, 3*p*p)
+        visible, ids_restore, mask = shuffle(tokens, noise)     # (B, K, D), (B, N), (B, N)
+        latent = self.encoder(visible)                      # (B, 1 + K, D)
+        pred = self.decoder(latent, ids_restore)            # (B, N, 3*p*p)
         return self.loss(patches, pred, mask), pred, mask
 
     def loss(self, patches: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
@@ -392,11 +390,11 @@ class ViTClassifier(Encoder):
     """A copy of an encoder with a linear head. The parameters have the names and shapes that timm's
     VisionTransformer gives them.
 
-    pool: the head reads the latent class token ("cls"), or the mean over the latent patches
+    pool: the head reads the encoded class token ("cls"), or the mean over the encoded patches
     ("mean"; MAE, appendix A.1). patch_dropout: if noise is given, as in training, this share of the
-    patches is left out (PatchDropout, Liu et al. 2022, arXiv 2208.07220). This is faster and
-    regularizes. Without noise the head sees whole images. Raises ValueError if the pool is unknown
-    or the dropout leaves no patch.
+    patches is dropped (PatchDropout, Liu et al. 2022, arXiv 2208.07220), which is faster and
+    regularizes. Without noise no patch is dropped. Raises ValueError if the pool is unknown or the
+    dropout leaves no patch.
     """
 
     def __init__(self, encoder: Encoder, num_classes: int = 10, pool: str = "cls",

@@ -35,7 +35,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFont, PngImagePlugin
+from PIL._util import DeferredError
 from torch import nn
 from torch.nn import functional as F
 
@@ -87,12 +88,12 @@ def test_patches_are_cut_row_by_row_hold_channel_y_x_and_can_be_put_together_aga
 def test_shuffle_masks_exactly_and_restore_undoes_it(N, mask_ratio):
     tokens = torch.arange(5 * N * 2, dtype=torch.float32).view(5, N, 2)
     noise, K, shuffle = random_noise(5, N), round(N * (1 - mask_ratio)), PatchShuffle(mask_ratio)
-    visible, restore, mask = shuffle(tokens, noise)
+    visible, ids_restore, mask = shuffle(tokens, noise)
     assert torch.equal(visible, mae.take(tokens, noise.argsort(dim=1)[:, :K]))
-    assert visible.shape == (5, K, 2) and restore.shape == mask.shape == (5, N)
+    assert visible.shape == (5, K, 2) and ids_restore.shape == mask.shape == (5, N)
     assert (mask.sum(dim=1) == N - K).all() and set(mask.unique().tolist()) == {0, 1}
     filled = torch.cat([visible, torch.full((5, N - K, 2), -1.0)], dim=1)
-    restored = mae.take(filled, restore)
+    restored = mae.take(filled, ids_restore)
     assert torch.equal(restored, torch.where(mask[..., None] == 1, -1.0, tokens))
     assert not shuffle(tokens)[2].equal(shuffle(tokens)[2])     # without noise: at random
 
@@ -1141,6 +1142,8 @@ BAD_INPUT = [
     (visualize, "--out {empty}/x.jpg", "must end in .png"),
     (visualize, "reconstruct {empty}/x.png --out {empty}/x.png", "is one of the pictures to read"),
     (visualize, "attention --checkpoint {runs}/pretrain --block 3", "--block 3: the encoder has 1"),
+    (visualize, "predict --checkpoint {runs}/pretrain", "pretrain.py, but one from finetune.py is"),
+    (visualize, "{empty}/photo.jpg", "{empty}/photo.jpg: No such file"),
 ]
 
 
@@ -1381,6 +1384,7 @@ PICTURES = [
     "ratios --checkpoint {runs}/pretrain --indices 3,1,12",
     "timeline {runs}/pretrain",
     "timeline {runs}/pretrain --out x.gif",
+    "predict --checkpoint {runs}/finetune --count 2",
     "curves {runs}/finetune {runs}/scratch/log.csv {runs}/linear",
     "attention --checkpoint {runs}/finetune --patch 1,2 --block 1",
     "embeddings --checkpoint {runs}/linear",
@@ -1400,6 +1404,59 @@ def test_every_picture_is_drawn(command, runs, tmp_path, monkeypatch):
         assert picture.width >= 640
         below = picture.convert("RGB").crop((0, 200, *picture.size))        # of the caption
         assert len(below.getcolors(1 << 24)) > 20
+
+
+def test_pictures_are_true_if_patches_are_masked_in_another_way(monkeypatch):
+    """Here all but the last four are masked, whatever the noise says."""
+    forward = PatchShuffle.forward
+    monkeypatch.setattr(PatchShuffle, "forward", lambda self, tokens, noise=None: forward(
+        self, tokens, -torch.arange(tokens.shape[1]).expand(tokens.shape[:2])))
+    images, noise, gray = data.unscale(random_images(1)), random_noise(1, 16), visualize.HIDDEN
+    stages = visualize.make_stages(tiny_mae(), images[0], noise)
+    shown = {name: content for name, content, *_ in stages}
+    patches, tokens, errors = (shown[name] for name in ("patches", "tokens", "error per patch"))
+    assert shown["visible tokens"].equal(patches.flip(0)[:4])
+    assert tokens[12:].equal(patches[12:]) and (tokens[:12] == gray).all()
+    assert (errors[12:] == gray).all() and not (errors[:12] == gray).all()
+    tiles, _ = visualize.reconstruct(tiny_mae(), images, noise)
+    assert tiles[:, 0, :, 24:].equal(images[:, :, 24:]) and (tiles[:, 0, :, :24] == gray).all()
+
+
+def test_predictions_are_told_and_drawn_and_wrong_ones_are_marked(runs, tmp_path):
+    """By classifiers that predict the same for every image."""
+    checkpoint = data.load_checkpoint(runs["finetune"])
+
+    def predict(probabilities: list[float], classes: list[str], *flags) -> tuple[list[str], set]:
+        weights = {"head.weight": torch.zeros(len(classes), 16),
+                   "head.bias": torch.tensor(probabilities).log()}
+        changed = dict(classes=classes, model=checkpoint["model"] | weights)
+        data.save_checkpoint(tmp_path / "x.pt", checkpoint | changed)
+        out = succeed(visualize, "predict", *flags, "--checkpoint", tmp_path / "x.pt", "--out",
+                      tmp_path / "x.PNG")
+        with Image.open(tmp_path / "x.PNG") as drawn:
+            colors = {color for _, color in drawn.getcolors(1 << 24)}
+        return out.splitlines()[:-1], colors & {visualize.TRUE, visualize.WRONG}
+
+    ten = [0.004, 0.006, 0.01, 0.5, 0.28, 0.02, 0.1, 0.03, 0.05, 0]
+    lines, colors = predict(ten, [*map(str, range(10))], "--indices", "3,4,9,13")
+    best = "3 50.0 %, 4 28.0 %, 6 10.0 %, 8 5.0 %, 7 3.0 %"
+    assert lines == [f"3 3: {best}", f"4 4: {best} (wrong)", f"9 9: {best} (wrong)",
+                     f"13 3: {best}"]
+    assert colors == {visualize.TRUE, visualize.WRONG}
+    (tmp_path / "photo.png").write_bytes(picture(SMOOTH))
+    classes = ["cat", "été 狗" * 20]
+    assert predict([0.75, 0.25], classes, tmp_path / "photo.png") == (
+        [f"photo: cat 75.0 %, {classes[1]} 25.0 %"], {visualize.TRUE})
+    frog = [HERE / "assets" / "examples" / "04-frog.png", "--out", tmp_path / "x.png"]
+    assert succeed(visualize, "predict", *frog).startswith("04-frog: frog ")
+    assert succeed(visualize, *frog).startswith("04-frog: error ")      # without a picture's name
+
+
+def test_a_pillow_that_cannot_draw_text_is_one_line(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFont, "core", DeferredError(ImportError("no FreeType")))
+    visualize.font.cache_clear()
+    assert_bad_input(tmp_path, "cannot draw text", visualize, "ratios", "--checkpoint",
+                     runs["pretrain"], "--out", tmp_path / "x.png")
 
 
 SMOOTH = np.stack(np.broadcast_arrays(np.arange(0, 256, 8)[:, None], np.arange(0, 128, 4), 90),
@@ -1471,6 +1528,17 @@ def test_a_log_may_have_a_byte_order_mark_and_values_that_are_missing_or_not_fin
     (tmp_path / "log.csv").write_bytes(b"\xef\xbb\xbf" + LOG + rows)
     succeed(visualize, "curves", tmp_path, "--out", tmp_path / "out.png")
     assert (tmp_path / "out.png").exists()
+
+
+def test_a_number_that_is_logged_only_later_has_its_curve(monkeypatch):
+    """In a run that went on with a changed program. Accents are left out."""
+    monkeypatch.setitem(visualize.PANELS, "norm of the gradient", {"grad_norm": 2})
+    before = [dict(epoch=epoch, loss=1 / epoch, lr=0.1) for epoch in (1, 2)]
+    after = [dict(epoch=epoch, loss=1 / epoch, lr=0.1, grad_norm=epoch) for epoch in (3, 4)]
+    gaps = [row | {"grad_norm": math.nan} for row in before]
+    drawn, expected, without = (visualize.plot_curves({label: rows}).tobytes() for label, rows in (
+        ("été", before + after), ("ete", gaps + after), ("ete", before)))
+    assert drawn == expected != without
 
 
 # ------------------------------------------------------------------------------ the README

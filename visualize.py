@@ -1,32 +1,30 @@
 """A gallery: every picture of this repository, drawn with Pillow alone.
 
-Input: a checkpoint and images, or the folder of a run. Output: a PIL image or, of the program, a
-file. The pictures are, in this order:
+Input: a checkpoint and images, or the folder of a run. Output: a picture. In this order:
 
     reconstruct   masked | reconstruction | original        MAE, figure 2
     ratios        the same images at growing mask ratios    MAE, figure 4
     timeline      the same images and masks over a run      a sheet or an animation
+    predict       which class is it?                        the most probable ones, as bars
     curves        losses, accuracies, learning rates        of one run or several
     attention     where a token looks, head by head         ViT, section 4.5
     embeddings    positions compared, patch filters         ViT, figure 7
     architecture  a batch on its way through the model      MAE, figure 1
 
-The toolkit comes first. Each picture is then one function, `draw_NAME(args)`, after its helpers.
-What reads the input, and the program, come last. Without arguments it draws `reconstruct`.
-
-Sources:
-    MAE   He et al. 2021, Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377
-    ViT   Dosovitskiy et al. 2020, An Image Is Worth 16x16 Words, arXiv 2010.11929
+Each picture is one function, `draw_NAME(args)`, followed by its helpers. Then come the input, the
+toolkit that draws, and the program. A new picture needs its function and a line in `make_parser`.
+MAE: He et al. 2021, arXiv 2111.06377. ViT: Dosovitskiy et al. 2020, arXiv 2010.11929.
 """
 import argparse
 import contextlib
 import csv
+import dataclasses
 import functools
 import io
-import itertools
 import math
 import sys
 import textwrap
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -38,159 +36,27 @@ import data
 import mae
 from data import BadInput
 
-
-# ------------------------------------------------------------------------------ the toolkit
-
 HERE = Path(__file__).parent
 WIDTH, MARGIN, GAP = 1720, 40, 6        # pixels: about twice the width of a README
+SHARP = 3                               # pages are drawn this many times larger, then reduced
 INK, GRAY, FAINT, PAPER = (31, 35, 40), (95, 103, 112), (222, 226, 231), (255, 255, 255)
-HIDDEN = 195                            # the gray level of a masked patch
-SHARP = 3                               # sheets are drawn this many times larger, then reduced
-
-font = functools.cache(ImageFont.load_default)          # of a size; it comes with Pillow
-
-
-def text_width(text: str) -> float:
-    """In pixels of the sheet."""
-    return font(SHARP * 24).getlength(text) / SHARP
-
-
-class Sheet:
-    """A white page with a title and a caption, readable on a light and on a dark background.
-
-    x and y are pixels from its top left corner; below `top` are `height` pixels for the picture.
-    Everything is drawn SHARP times larger and reduced at the end, which smooths lines and text.
-    """
-
-    def __init__(self, width: int, height: int, title: str, caption: str) -> None:
-        room = width - 2 * MARGIN
-        lines = textwrap.wrap(caption, int(room / 11.5))    # 11.5: pixels of a usual letter
-        self.top = MARGIN + 60 + 32 * len(lines)
-        self.bottom = self.top + height
-        self.canvas = Image.new("RGB", (SHARP * width, SHARP * (self.bottom + MARGIN)), PAPER)
-        self.draw = ImageDraw.Draw(self.canvas)
-        self.draw.text((SHARP * MARGIN, SHARP * MARGIN), title, INK, font(SHARP * 32))
-        for i, line in enumerate(lines):
-            self.text(MARGIN, MARGIN + 46 + 32 * i, line, GRAY, fit=room)
-
-    def picture(self) -> Image.Image:
-        return self.canvas.reduce(SHARP)
-
-    def text(self, x: float, y: float, text: str, color=INK, anchor: str = "la",
-             fit: float = math.inf) -> None:
-        """One line, cut if it is more than `fit` pixels wide. Pillow's font has only ASCII and a
-        few signs; other letters become "?"."""
-        text = "".join(c if " " <= c <= "~" or c in "·…" else "?" for c in text)
-        while len(text) > 1 and text_width(text) > fit:
-            text = text[:-2] + "…"
-        self.draw.text((SHARP * x, SHARP * y), text, color, font(SHARP * 24), anchor)
-
-    def tile(self, x: int, y: int, pixels: Tensor, width: int) -> None:
-        """uint8 (3, H, W), drawn `width` pixels wide. Enlarged pixels are sharp squares."""
-        height = pixels.shape[-2] * width // pixels.shape[-1]
-        picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-        picture = picture.resize((SHARP * width, SHARP * height), Image.Resampling.BOX)
-        self.canvas.paste(picture, (SHARP * x, SHARP * y))
-
-    def line(self, points: list[tuple[float, float]], color=INK, width: int = 2) -> None:
-        """A line through points (x, y), or a dot if there is only one."""
-        points = [(SHARP * x, SHARP * y) for x, y in points]
-        if len(points) == 1:
-            self.draw.circle(points[0], SHARP * width * 1.5, color)
-        else:
-            self.draw.line(points, color, SHARP * width, "curve")
-
-    def box(self, x: int, y: int, side: int, color, fill=None, radius: int = 0) -> None:
-        corners = [SHARP * value for value in (x, y, x + side, y + side)]
-        self.draw.rounded_rectangle(corners, SHARP * radius, fill, color, SHARP * 2)
-
-
-HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10),
-                 (252, 255, 164)])                          # dark to bright, also in gray
-
-
-def heat(values: Tensor) -> Tensor:
-    """Numbers 0..1 to colors: (..., H, W) -> uint8 (..., 3, H, W)."""
-    places = np.linspace(0, 1, len(HEAT))
-    channels = [np.interp(values.cpu().numpy(), places, channel) for channel in HEAT.T]
-    return torch.from_numpy(np.stack(channels, axis=-3).round().astype(np.uint8))
-
-
-def mosaic(pictures: Tensor, size: int) -> Tensor:
-    """Small square pictures in rows: uint8 (M, 3, h, h) -> (3, size, size), larger if need be."""
-    M, _, h, _ = pictures.shape
-    columns, gap = math.isqrt(M), 2
-    rows = math.ceil(M / columns)
-    enlarge = max(1, (size // rows - gap) // h)
-    pictures = pictures.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    h, step = h * enlarge, h * enlarge + gap
-    size = max(size, rows * step - gap)
-    top, left = (size - rows * step + gap) // 2, (size - columns * step + gap) // 2
-    page = torch.full((3, size, size), 255, dtype=torch.uint8)
-    for i, picture in enumerate(pictures):
-        y, x = top + i // columns * step, left + i % columns * step
-        page[:, y:y + h, x:x + h] = picture
-    return page
-
-
-def column(title: str, tiles: Tensor, notes=()) -> tuple[str, list[tuple[Tensor, str]]]:
-    """A column for `draw_grid`: tiles uint8 (n, 3, H, W), and the text under each, if any."""
-    return title, list(itertools.zip_longest(tiles, notes, fillvalue=""))
-
-
-def draw_grid(groups: list[list[tuple]], title: str, caption: str, color_label: str = "",
-              outline: tuple[int, int, int] | None = None) -> Image.Image:
-    """Square tiles in columns, as large as the sheet's width allows.
-
-    groups: lists of columns, with wider gaps between the groups; a column is its title and a list
-    of (tile, note), as from `column`. color_label: what the colors of `heat` mean. outline: y, x
-    and side of a square to outline in every tile.
-    """
-    columns = [one for group in groups for one in group]
-    W = columns[0][1][0][0].shape[-1]
-    notes = [note for _, cells in columns for _, note in cells]
-    texts = [heading for heading, _ in columns] + notes
-    between = 4 * GAP * (len(groups) - 1)                   # the gaps between groups, in all
-    room = WIDTH - 2 * MARGIN - between - GAP * len(columns)
-    side = W * max(1, min(320, room // len(columns)) // W)  # of a drawn tile
-    width = max(side, min(176, math.ceil(max(map(text_width, texts)))))     # of a column
-    pitch = side + (42 if any(notes) else GAP)
-    rows = max(len(cells) for _, cells in columns)
-    sheet = Sheet(max(680, 2 * MARGIN + between - GAP + (width + GAP) * len(columns)),
-                  34 + rows * pitch + (38 if color_label else -GAP), title, caption)
-    x = MARGIN
-    for group in groups:
-        for heading, cells in group:
-            left, middle = x + (width - side) // 2, x + width / 2
-            sheet.text(middle, sheet.top + 24, heading, GRAY, "ms", width)
-            for row, (tile, note) in enumerate(cells):
-                y = sheet.top + 34 + row * pitch
-                sheet.tile(left, y, tile, side)
-                sheet.text(middle, y + side + 24, note, GRAY, "ms", width)
-                if outline:
-                    top, start, length = (value * side // W for value in outline)
-                    sheet.box(left + start, y + top, length, PAPER)
-            x += width + GAP
-        x += 4 * GAP
-    if color_label:
-        sheet.tile(MARGIN, sheet.bottom - 20, heat(torch.linspace(0, 1, 240).expand(20, -1)), 240)
-        sheet.text(MARGIN + 256, sheet.bottom - 10, color_label, anchor="lm")
-    return sheet.picture()
-
-
-def save(picture: Image.Image | list[Image.Image], path: Path | str) -> None:
-    """Write a picture as PNG, or a list of frames as a GIF that dwells on the last one; whole or
-    not at all. Raises OSError if the file cannot be written."""
-    content = io.BytesIO()
-    if isinstance(picture, list):
-        picture[0].save(content, "GIF", save_all=True, append_images=picture[1:], loop=0,
-                        duration=[400] * (len(picture) - 1) + [3000])   # milliseconds
-    else:
-        picture.save(content, "PNG")
-    data.write_file(path, content.getvalue())
+PALE, HIDDEN = (246, 248, 250), 195     # a background; the gray level of a masked patch
 
 
 # ------------------------------------------------------------------------------ reconstructions
+
+
+def draw_reconstruct(args: argparse.Namespace) -> Image.Image:
+    """Masked images, their reconstructions and the originals (MAE, figure 2)."""
+    given = load(args, "pretrain")
+    noise = random_noise(given.images, given.model, args.seed)
+    tiles, errors = reconstruct(given.model, given.images, noise, args.raw, args.mask_ratio)
+    for label, error in zip(given.labels, errors.tolist()):
+        print(f"{label}: error {error:.4f}")
+    print(f"mean error of the masked patches, pixels scaled to -1..1: {errors.mean():.4f}")
+    caption = given.caption + (f" · masked here: {args.mask_ratio:g}" if args.mask_ratio else "")
+    caption += " · visible patches not pasted back" if args.raw else ""
+    return draw_triples(tiles, "Reconstructions", caption, errors, given.labels)
 
 
 def random_noise(images: Tensor, model: mae.MAEViT, seed: int) -> Tensor:
@@ -206,19 +72,17 @@ def reconstruct(model: mae.MAEViT, images: Tensor, noise: Tensor, raw: bool = Fa
 
     images uint8 (B, 3, H, W), noise (B, N) -> tiles uint8 (B, 3, 3, H, W): masked, reconstruction,
     original; error (B,): the mean squared error over the masked patches, of pixels scaled to -1..1.
-    Both are on the CPU. The visible patches are pasted back unless `raw`. mask_ratio: instead of
-    the model's own. Raises BadInput if it leaves no patch visible or none masked.
+    Both are on the CPU. raw: do not paste the visible patches back. mask_ratio: replaces the
+    model's own. Raises BadInput if it leaves no patch visible or none masked.
     """
     device, p = model.encoder.pos_embed.device, model.encoder.patch_size
     images = data.scale(images.to(device))
     patches = model.encoder.patchify(images)                # (B, N, 3*p*p)
     try:
         _, pred, mask = model(images, noise.to(device), mask_ratio)
-    except ValueError as error:                             # of the mask ratio
+    except ValueError as error:                             # from the mask ratio
         raise BadInput(f"{error}: choose another ratio, or smaller patches") from None
-    pred = pred.float()
-    if model.norm_pix_loss:
-        pred = mae.denormalize_patches(pred, patches)
+    pred = to_pixels(model, pred.float(), patches)
     error = ((pred - patches).square().mean(dim=-1) * mask).sum(dim=1) / mask.sum(dim=1)   # (B,)
     hidden = mask.unsqueeze(-1).bool()                      # (B, N, 1)
     masked = patches.masked_fill(hidden, HIDDEN / 127.5 - 1)
@@ -227,13 +91,15 @@ def reconstruct(model: mae.MAEViT, images: Tensor, noise: Tensor, raw: bool = Fa
     return torch.stack(tiles, dim=1).cpu(), error.cpu()
 
 
-def draw_triples(tiles: Tensor, title: str, caption: str, errors=(), labels=()) -> Image.Image:
-    """Masked, reconstruction, original, up to three images side by side.
+def to_pixels(model: mae.MAEViT, pred: Tensor, patches: Tensor) -> Tensor:
+    """The prediction as pixels, given the original `patches`: 2 x (B, N, 3*p*p) -> the same."""
+    return mae.denormalize_patches(pred, patches) if model.norm_pix_loss else pred
 
-    tiles: uint8 (B, 3, 3, H, W) and errors: (B,), from `reconstruct`; labels: one for each image.
-    """
-    B = len(tiles)
-    across = 1 if B == 1 else 2 if B <= 4 else 3
+
+def draw_triples(tiles: Tensor, title: str, caption: str, errors=(), labels=()) -> Image.Image:
+    """Masked, reconstruction, original, up to three images side by side: tiles uint8
+    (B, 3, 3, H, W) and errors (B,), from `reconstruct`, and labels, one for each image."""
+    across = math.ceil(len(tiles) / math.ceil(len(tiles) / 3))     # four images: two by two
     notes, groups = [f"error {error:.4f}" for error in errors], []
     for start in range(across):
         masked, filled, original = tiles[start::across].unbind(dim=1)
@@ -243,68 +109,93 @@ def draw_triples(tiles: Tensor, title: str, caption: str, errors=(), labels=()) 
     return draw_grid(groups, title, caption)
 
 
-def draw_reconstruct(args: argparse.Namespace) -> Image.Image:
-    """Masked images, their reconstructions and the originals (MAE, figure 2)."""
-    model, images, labels, caption = load(args, "pretrain")
-    noise = random_noise(images, model, args.seed)
-    tiles, errors = reconstruct(model, images, noise, args.raw, args.mask_ratio)
-    for label, error in zip(labels, errors.tolist()):
-        print(f"{label}: error {error:.4f}")
-    print(f"mean error of the masked patches, pixels scaled to -1..1: {errors.mean():.4f}")
-    caption += f" · masked here: {args.mask_ratio:g}" if args.mask_ratio else ""
-    caption += " · visible patches not pasted back" if args.raw else ""
-    return draw_triples(tiles, "Reconstructions", caption, errors, labels)
-
-
 def draw_ratios(args: argparse.Namespace) -> Image.Image:
-    """One row per image, with more and more of it hidden (MAE, figure 4)."""
-    model, images, labels, caption = load(args, "pretrain")
-    noise = random_noise(images, model, args.seed)          # what is hidden once stays hidden
-    groups = [[column("original", images, labels)]]
+    """One row per image, with more and more of it masked (MAE, figure 4)."""
+    given = load(args, "pretrain")
+    noise = random_noise(given.images, given.model, args.seed)      # the same for all ratios
+    groups = [[column("original", given.images, given.labels)]]
     for ratio in (0.5, 0.75, 0.85, 0.95):
-        tiles, errors = reconstruct(model, images, noise, mask_ratio=ratio)
-        notes = [f"error {error:.4f}" for error in errors]
+        tiles, errors = reconstruct(given.model, given.images, noise, mask_ratio=ratio)
         groups.append([column(f"{100 * ratio:g} % masked", tiles[:, 0]),
-                       column("reconstruction", tiles[:, 1], notes)])
-    return draw_grid(groups, "How much can be hidden?", caption)
-
-
-def save_epoch(folder: Path, epoch: int, model: mae.MAEViT, images: Tensor, noise: Tensor,
-               caption: str) -> None:
-    """Write the reconstructions after an epoch: a picture, epoch-0001.png, and the same tiles as an
-    array, epoch-0001.npy, from which `timeline` draws. Raises OSError.
-
-    epoch: 0 before training; images uint8 (B, 3, H, W), noise (B, N); caption: data set and run.
-    """
-    tiles, errors = reconstruct(model, images, noise)
-    array = io.BytesIO()
-    np.save(array, tiles.numpy())
-    data.write_file(folder / f"epoch-{epoch:04}.npy", array.getvalue())
-    caption += f" · {describe_task(model)}"
-    picture = draw_triples(tiles, title_of_epoch(epoch), caption, errors)
-    save(picture, folder / f"epoch-{epoch:04}.png")
-
-
-def title_of_epoch(epoch: int) -> str:
-    return f"Reconstructions after epoch {epoch}" if epoch else "Reconstructions before training"
+                       column("reconstruction", tiles[:, 1], [f"error {e:.4f}" for e in errors])])
+    return draw_grid(groups, "How much can be hidden?", given.caption)
 
 
 def draw_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
     """The same images and masks over a run: a sheet (.png) or an animation (.gif)."""
     epochs = {epoch: tiles[:args.count] for epoch, tiles in read_epochs(args.RUN).items()}
     caption = load_run(args.RUN)[-1] if any(args.RUN.glob("*.pt")) else run_label(args.RUN, {})
-    animation, numbers = args.out.suffix == ".gif", np.array(list(epochs))
-    # Most is learned early, so the epochs that are shown lie closer there.
+    animation, numbers = args.out.suffix.lower() == ".gif", np.array(list(epochs))
+    # Most is learned early, so the epochs that are shown lie closer together there.
     wanted = [numbers[0], *np.geomspace(1, max(numbers[-1], 1), 60 if animation else 7)]
     shown = sorted({int(numbers[abs(numbers - number).argmin()]) for number in wanted})
     if animation:
-        return [draw_triples(epochs[epoch], title_of_epoch(epoch), caption) for epoch in shown]
-    last = epochs[shown[-1]]                                # (B, 3, 3, H, W)
-    groups = [[column("masked", last[:, 0])],
-              [column(f"epoch {epoch}" if epoch else "untrained", epochs[epoch][:, 1])
-               for epoch in shown],
-              [column("original", last[:, 2])]]
-    return draw_grid(groups, "Reconstructions as pre-training goes on", caption)
+        return [draw_triples(epochs[epoch], f"Reconstructions after epoch {epoch}", caption)
+                for epoch in shown]
+    masked, _, original = epochs[shown[-1]].unbind(dim=1)   # (B, 3, H, W) each
+    filled = [column(f"epoch {epoch}" if epoch else "untrained", epochs[epoch][:, 1])
+              for epoch in shown]
+    return draw_grid([[column("masked", masked)], filled, [column("original", original)]],
+                     "Reconstructions as pre-training goes on", caption)
+
+
+def save_epoch(folder: Path, epoch: int, model: mae.MAEViT, images: Tensor, noise: Tensor,
+               caption: str) -> None:
+    """Write the reconstructions after an epoch (0: before training): a picture, epoch-0001.png, and
+    its tiles as an array, epoch-0001.npy, from which `timeline` draws. Raises OSError.
+
+    images: uint8 (B, 3, H, W); noise: (B, N); caption: data set and run.
+    """
+    tiles, errors = reconstruct(model, images, noise)
+    array = io.BytesIO()
+    np.save(array, tiles.numpy())
+    data.write_file(folder / f"epoch-{epoch:04}.npy", array.getvalue())
+    picture = draw_triples(tiles, f"Reconstructions after epoch {epoch}",
+                           f"{caption} · {describe_task(model)}", errors)
+    save(picture, folder / f"epoch-{epoch:04}.png")
+
+
+# ------------------------------------------------------------------------------ predictions
+
+PORTRAIT, CARD = 192, 520       # pixels: the width of an image, and of an image with its bars
+TRUE, WRONG, OTHER = (160, 205, 236), (248, 184, 140), FAINT        # colors of bars
+
+
+@torch.no_grad()
+def draw_predict(args: argparse.Namespace) -> Image.Image:
+    """Which class is it? The most probable classes of each image, at most five."""
+    given = load(args, "classifier")
+    classes, n = given.checkpoint["classes"], len(given.labels)
+    probabilities = given.model(data.scale(given.images)).softmax(dim=1)    # (n, classes)
+    values, ids = probabilities.topk(min(5, len(classes)))  # (n, at most 5) each
+    wrong = [truth not in ("", classes[best]) for truth, best in zip(given.truths, ids[:, 0])]
+    right = f" · {n - sum(wrong)} of {n} right · blue: true class, orange: wrong prediction"
+    rows = math.ceil(n / 3)
+    across, step, pitch = math.ceil(n / rows), CARD + 40, PORTRAIT + 28
+    sheet = Sheet(2 * MARGIN - 40 + across * step, rows * pitch - 20, "Predictions",
+                  given.caption + (right if any(given.truths) else ""))
+    for i, (image, label, truth) in enumerate(zip(given.images, given.labels, given.truths)):
+        guesses = [(classes[j], value) for j, value in zip(ids[i], values[i].tolist())]
+        text = ", ".join(f"{name} {100 * value:.1f} %" for name, value in guesses)
+        print(f"{label}: {text}{' (wrong)' if wrong[i] else ''}")
+        x, y = MARGIN + i % across * step, sheet.top + 8 + i // across * pitch
+        sheet.tile(x, y, image, PORTRAIT)
+        draw_bars(sheet, x + PORTRAIT + 20, y, label, guesses, truth or guesses[0][0])
+    return sheet.picture()
+
+
+def draw_bars(sheet: "Sheet", x: int, y: int, heading: str, guesses: list[tuple[str, float]],
+              truth: str) -> None:
+    """A heading, and bars for classes and their probabilities, the largest first."""
+    width = CARD - PORTRAIT - 20
+    sheet.text(x, y + 12, heading, anchor="lm", fit=width)
+    for i, (name, value) in enumerate(guesses):
+        top = y + 36 + 32 * i
+        color = TRUE if name == truth else WRONG if i == 0 else OTHER
+        sheet.box(x, top, width, 28, fill=PALE)
+        sheet.box(x, top, round(width * value), 28, fill=color)
+        sheet.text(x + 8, top + 14, name, anchor="lm", fit=width - 106)
+        sheet.text(x + width - 8, top + 14, f"{100 * value:.1f} %", anchor="rm")
 
 
 # ------------------------------------------------------------------------------ curves
@@ -313,7 +204,7 @@ COLORS = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180,
           (230, 159, 0), (0, 0, 0), (150, 150, 150)]    # Okabe and Ito's, safe for the color-blind
 LARGEST = 1e99                  # what is larger cannot be drawn: sums would overflow
 THICK, THIN = 4, 2              # pixels: lines of the test set and of the training set
-PANELS = {                      # axis title: columns of the log; a run has the first, or no curve
+PANELS = {      # title: columns of log.csv, line widths; a run without the first has no curve there
     "reconstruction loss (mean squared error)": {"loss": THIN, "test_loss": THICK},
     "classification loss (cross-entropy)": {"train_loss": THIN, "test_loss": THICK},
     "accuracy in %": {"train_accuracy": THIN, "test_accuracy": THICK},
@@ -321,21 +212,48 @@ PANELS = {                      # axis title: columns of the log; a run has the 
 }
 
 
-def ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """About six round numbers from low to high, and their labels."""
-    step = 10.0 ** math.floor(math.log10((high - low) / 6))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 6)
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    form = f".{decimals}f" if decimals < 6 and step < 1e5 else ".1e"
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [(i * step, f"{i * step:{form}}") for i in range(first, last + 1)]
+def draw_curves(args: argparse.Namespace) -> Image.Image:
+    """Losses, accuracies and learning rates of one run or several."""
+    runs = {}
+    for path in args.logs:
+        settings = {}
+        with contextlib.suppress(BadInput, OSError):        # the log alone is enough
+            settings = data.load_checkpoint(path)["settings"]
+        label = run_label(path, settings)
+        runs[label if label not in runs else str(path)] = read_log(path)
+    return plot_curves(runs)
 
 
-def draw_panel(sheet: Sheet, box: tuple, title: str, lines: list[tuple]) -> None:
-    """Axes and curves in the box (left, top, right, bottom).
+def plot_curves(runs: dict[str, list[dict]], caption: str = "") -> Image.Image:
+    """The panels of runs. runs: for each label in the legend, the rows of log.csv as dicts of
+    numbers, at least one. Raises BadInput if there are more runs than colors."""
+    if len(runs) > len(COLORS):
+        raise BadInput(f"{len(runs)} runs are too many for one picture: give at most {len(COLORS)}")
+    panels = {}                                             # title: lines
+    for title, columns in PANELS.items():
+        for rows, color in zip(runs.values(), COLORS):
+            if any(next(iter(columns)) in row for row in rows):
+                for name, width in columns.items():
+                    points = np.array([(row["epoch"], row.get(name, math.nan)) for row in rows])
+                    panels.setdefault(title, []).append((*points.T, color, width))
+    across, room, height = len(panels) if len(panels) < 4 else 2, WIDTH - 2 * MARGIN, 460
+    entries = 3 if len(runs) > 2 else 2                     # of the legend, in a line
+    legend = 38 * math.ceil(len(runs) / entries) + 16       # height
+    sheet = Sheet(WIDTH, legend + height * math.ceil(len(panels) / across), "Training curves",
+                  f"{caption} · thick: test, thin: train".removeprefix(" · "))
+    for i, (label, color) in enumerate(zip(runs, COLORS)):
+        left, y = MARGIN + i % entries * room // entries, sheet.top + 18 + i // entries * 38
+        sheet.line([(left, y), (left + 52, y)], color, THICK)
+        sheet.text(left + 64, y, label, anchor="lm", fit=room // entries - 84)
+    for i, (title, lines) in enumerate(panels.items()):
+        left, top = MARGIN + i % across * room // across, sheet.top + legend + i // across * height
+        draw_panel(sheet, (left, top, left + room // across, top + height), title, lines)
+    return sheet.picture()
 
-    lines: (epochs (n,), values (n,), color, width). Values that are not finite are gaps.
-    """
+
+def draw_panel(sheet: "Sheet", box: tuple, title: str, lines: list[tuple]) -> None:
+    """Axes and curves in the box (left, top, right, bottom). lines: (epochs (n,), values (n,),
+    color, width); values that are not finite are gaps."""
     left, top, right, bottom = box[0] + 108, box[1] + 44, box[2] - 16, box[3] - 80
     sheet.text(left, box[1] + 32, title, anchor="ls", fit=right - left)
     sheet.text((left + right) / 2, bottom + 46, "epoch", GRAY, "ma")
@@ -365,48 +283,14 @@ def draw_panel(sheet: Sheet, box: tuple, title: str, lines: list[tuple]) -> None
                 sheet.line([place(xs[i], ys[i]) for i in part], color, width)
 
 
-def plot_curves(runs: dict[str, list[dict]], caption: str = "") -> Image.Image:
-    """Losses, accuracies and learning rates of runs, by epoch.
-
-    runs: for each label in the legend, the rows of log.csv as dicts of numbers, at least one.
-    Raises BadInput if there are more runs than colors.
-    """
-    if len(runs) > len(COLORS):
-        raise BadInput(f"{len(runs)} runs are too many for one picture: give at most {len(COLORS)}")
-    panels = {}                                             # title: lines
-    for title, columns in PANELS.items():
-        for rows, color in zip(runs.values(), COLORS):
-            if next(iter(columns)) in rows[0]:              # or its test_loss is of another kind
-                for name, width in columns.items():
-                    points = np.array([(row["epoch"], row.get(name, math.nan)) for row in rows])
-                    panels.setdefault(title, []).append((*points.T, color, width))
-    across = 3 if len(panels) == 3 else min(2, len(panels))
-    room, height = WIDTH - 2 * MARGIN, 460                  # height: of a panel
-    entries = 3 if len(runs) > 2 else 2                     # of the legend, in a line
-    legend = 38 * math.ceil(len(runs) / entries) + 16       # height
-    caption = f"{caption} · thick: test, thin: train".removeprefix(" · ")
-    sheet = Sheet(WIDTH, legend + height * math.ceil(len(panels) / across), "Training curves",
-                  caption)
-    for i, (label, color) in enumerate(zip(runs, COLORS)):
-        left, y = MARGIN + i % entries * room // entries, sheet.top + 18 + i // entries * 38
-        sheet.line([(left, y), (left + 52, y)], color, THICK)
-        sheet.text(left + 64, y, label, anchor="lm", fit=room // entries - 84)
-    for i, (title, lines) in enumerate(panels.items()):
-        left, top = MARGIN + i % across * room // across, sheet.top + legend + i // across * height
-        draw_panel(sheet, (left, top, left + room // across, top + height), title, lines)
-    return sheet.picture()
-
-
-def draw_curves(args: argparse.Namespace) -> Image.Image:
-    """Losses, accuracies and learning rates of one run or several."""
-    runs = {}
-    for path in args.logs:
-        settings = {}
-        with contextlib.suppress(BadInput, OSError):        # the log alone is enough
-            settings = data.load_checkpoint(path)["settings"]
-        label = run_label(path, settings)
-        runs[label if label not in runs else str(path)] = read_log(path)
-    return plot_curves(runs)
+def ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """About six round numbers from low to high, and their labels."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 6))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 6)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    form = f".{decimals}f" if decimals < 6 and step < 1e5 else ".1e"
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [(i * step, f"{i * step:{form}}") for i in range(first, last + 1)]
 
 
 # ------------------------------------------------------------------------------ inside a model
@@ -415,11 +299,10 @@ def draw_curves(args: argparse.Namespace) -> Image.Image:
 @torch.no_grad()
 def draw_attention(args: argparse.Namespace) -> Image.Image:
     """Where the class token or a patch looks, head by head (ViT, section 4.5).
-
-    Each map is scaled by its own largest weight. The weight on the class token is left out.
-    """
-    model, images, labels, caption = load(args)
-    encoder, patch = getattr(model, "encoder", model), args.patch      # a classifier is an encoder
+    Each map is scaled by its own largest weight. The weight on the class token is left out."""
+    given, patch = load(args), args.patch
+    model, images, caption = given.model, given.images, given.caption
+    encoder = getattr(model, "encoder", model)              # a classifier is an encoder
     p, side = encoder.patch_size, encoder.image_size // encoder.patch_size
     if patch and (len(patch) != 2 or max(patch) >= side):
         raise BadInput(f"--patch needs ROW,COLUMN, each from 0 to {side - 1}")
@@ -434,7 +317,7 @@ def draw_attention(args: argparse.Namespace) -> Image.Image:
     gray = images.float().mean(dim=1)[:, None, None]                        # (B, 1, 1, H, W)
     overlaid = (0.35 * gray + 0.65 * colors).round().to(torch.uint8)
     *heads, mean = overlaid.unbind(dim=1)                                   # (B, 3, H, W) each
-    groups = [[column("image", images, labels)],
+    groups = [[column("image", images, given.labels)],
               [column(f"head {i + 1}", head) for i, head in enumerate(heads)],
               [column("mean", mean)]]
     caption += f" · block {block} of {encoder.depth} · nothing masked"
@@ -448,12 +331,8 @@ def draw_attention(args: argparse.Namespace) -> Image.Image:
 @torch.no_grad()
 def draw_embeddings(args: argparse.Namespace) -> Image.Image:
     """Position embeddings compared (ViT, figure 7), and filters of the patch embedding.
-
-    The map at row i, column j shows the cosine similarity of the position embedding of patch (i, j)
-    with those of all patches. Their mean is subtracted first: it says nothing about position.
-    A filter is the weights of one output for the pixels of a patch, scaled by the largest of them.
-    Those with the largest norm are shown.
-    """
+    A map shows the cosine similarity of one patch's position embedding with those of all patches,
+    after their mean is subtracted. A filter is scaled by its own largest weight."""
     model, _, caption = load_run(args.checkpoint)
     encoder, size = getattr(model, "encoder", model), 544   # pixels
     side = encoder.image_size // encoder.patch_size
@@ -469,68 +348,43 @@ def draw_embeddings(args: argparse.Namespace) -> Image.Image:
         maps = mosaic(heat((similarity + 1) / 2), size)
         groups.append([column(f"position embeddings of the {name}", maps[None])])
     filters = encoder.patch_embed.proj.weight               # (D, 3, p, p)
-    count = min(14, math.isqrt(encoder.dim)) ** 2           # as many as fill a square
+    count = min(14, math.isqrt(encoder.dim)) ** 2           # the largest, as many as fill a square
     filters = filters[filters.flatten(1).norm(dim=1).argsort(descending=True)[:count]]
     filters = filters / filters.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-9)
-    filters = mosaic(data.unscale(filters), size)
-    groups.append([column(f"{count} of {encoder.dim} patch filters", filters[None])])
+    groups.append([column(f"{count} of {encoder.dim} patch filters",
+                          mosaic(data.unscale(filters), size)[None])])
     return draw_grid(groups, "Position embeddings and patch filters", caption,
                      "each map: cosine similarity of its position with all others, -1 to 1")
 
+
+# ------------------------------------------------------------------------------ architecture
 
 STAGE = 224                     # pixels: the side of a picture in the figure
 ORANGE = torch.tensor([230, 120, 0], dtype=torch.uint8)[:, None, None]          # class token
 SLATE = torch.tensor([150, 172, 205], dtype=torch.uint8)[:, None, None]         # mask tokens
 
 
-def draw_flow(stages: list[tuple], title: str, caption: str) -> Image.Image:
-    """Stages, four in a row, with an arrow from each to the next.
-
-    stages: (name, small pictures uint8 (M, 3, h, h) or the lines in a box, note, text over the
-    arrow, text under it).
-    """
-    step, pitch = (WIDTH - 2 * MARGIN - STAGE) // 3, STAGE + 172
-    sheet = Sheet(WIDTH, math.ceil(len(stages) / 4) * pitch - 96, title, caption)
-    corners = [(MARGIN + i % 4 * step, sheet.top + 36 + i // 4 * pitch) for i in range(len(stages))]
-    for (name, content, note, *_), (x, y) in zip(stages, corners):
-        middle = x + STAGE / 2
-        sheet.text(middle, y - 12, name, anchor="ms")
-        sheet.text(middle, y + STAGE + 30, note, GRAY, "ms")
-        if isinstance(content, Tensor):
-            sheet.tile(x, y, mosaic(content, STAGE), STAGE)
-        else:
-            sheet.box(x, y, STAGE, GRAY, fill=(246, 248, 250), radius=14)
-            for i, line in enumerate(content):
-                sheet.text(middle, y + STAGE / 2 + 40 * (i - (len(content) - 1) / 2), line,
-                           anchor="mm")
-    for (x, y), (x1, y1), (*_, over, under) in zip(corners, corners[1:], stages):
-        if y == y1:                                         # to the right
-            y += STAGE // 2
-            points, turn = [(x + STAGE + 12, y), (x1 - 16, y)], 270
-        else:                                               # around, to the next row
-            x, x1, y = x + STAGE // 2, x1 + STAGE // 2, y1 - 84
-            points, turn = [(x, y - 12), (x, y), (x1, y), (x1, y1 - 44)], 180
-        sheet.line(points)
-        end = [SHARP * value for value in (*points[-1], 9)]     # x, y, radius of the arrow's head
-        sheet.draw.regular_polygon(end, 3, turn, INK)
-        middle = (points[0][0] + points[-1][0]) / 2
-        sheet.text(middle, y - 14, over, anchor="ms")
-        sheet.text(middle, y + 34, under, GRAY, "ms")
-    return sheet.picture()
+def draw_architecture(args: argparse.Namespace) -> Image.Image:
+    """An image on its way through the model, with the shapes of a batch (MAE, figure 1)."""
+    given = load(args, "pretrain")
+    noise = random_noise(given.images[:1], given.model, args.seed)
+    stages = make_stages(given.model, given.images[0], noise)
+    return draw_flow(stages, "A masked autoencoder, step by step", given.caption)
 
 
 @torch.no_grad()
 def make_stages(model: mae.MAEViT, image: Tensor, noise: Tensor) -> list[tuple]:
-    """What the model computes from an image, uint8 (3, H, W), and noise (1, N): the stages for
-    `draw_flow`."""
-    encoder, decoder, p = model.encoder, model.decoder, model.encoder.patch_size
-    images = data.scale(image[None])                        # (1, 3, H, W)
-    patches = encoder.patchify(images)                      # (1, N, 3*p*p)
-    tokens = encoder.embed(patches)                         # (1, N, D)
-    visible, restore, mask = model.shuffle(tokens, noise)   # (1, K, D), (1, N), (1, N)
-    latent = encoder(visible)                               # (1, 1 + K, D)
-    filled = decoder.fill_gaps(latent, restore)             # (1, 1 + N, D')
-    pred = decoder(latent, restore)                         # (1, N, 3*p*p)
+    """The stages for `draw_flow` of an image, uint8 (3, H, W), with noise (1, N). The tensors are
+    those that the model itself computes, caught by hooks on its modules."""
+    images, p = data.scale(image[None]), model.encoder.patch_size       # (1, 3, H, W)
+    seen = {}                                               # by module: (its inputs, its output)
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *call, name=name: seen.update({name: call[1:]}))
+    loss, pred, mask = model(images, noise)                 # (), (1, N, 3*p*p), (1, N)
+    (tokens, *_), (visible, ids_restore, _) = seen["shuffle"]   # (1, N, D), (1, K, D), (1, N)
+    _, latent = seen["encoder"]                             # (1, 1 + K, D)
+    (filled,), _ = seen["decoder.blocks.0"]                 # (1, 1 + N, D')
+    patches = model.encoder.patchify(images)                # (1, N, 3*p*p)
     N, K = patches.shape[1], visible.shape[1]
 
     def batch(tensor: Tensor) -> str:
@@ -546,46 +400,126 @@ def make_stages(model: mae.MAEViT, image: Tensor, noise: Tensor) -> list[tuple]:
 
     hidden = mask[0].bool()[:, None, None, None]            # (N, 1, 1, 1)
     original = cut(patches)                                 # (N, 3, p, p)
-    kept = original[noise[0].argsort()[:K]]                 # (K, 3, p, p)
+    kept = original[ids_restore[0].argsort()[:K]]           # (K, 3, p, p), in shuffled order
     class_row = torch.full((math.isqrt(N), 3, p, p), 255, dtype=torch.uint8)
     class_row[0] = ORANGE                                   # the class token on a row of its own
     all_tokens = torch.cat([class_row, torch.where(hidden, SLATE, original)])
-    target = mae.normalize_patches(patches) if model.norm_pix_loss else patches
-    errors = (pred - target)[0].square().mean(dim=-1)       # (N,)
+    errors = torch.stack([model.loss(patches, pred, one[None]) for one in torch.eye(N)])    # (N,)
     colors = heat((errors / errors[mask[0].bool()].max())[:, None, None])   # (N, 3, 1, 1)
-    predicted = mae.denormalize_patches(pred, patches) if model.norm_pix_loss else pred
     return [
         ("images", image[None], "scaled to -1..1", batch(images), "cut up"),
         ("patches", original, f"{N} of {p} x {p} pixels", batch(patches), "embed, add position"),
-        ("tokens", original.masked_fill(hidden, HIDDEN), f"{N - K} of {N} hidden", batch(tokens),
+        ("tokens", original.masked_fill(hidden, HIDDEN), f"{N - K} of {N} masked", batch(tokens),
          f"shuffle, keep {K}"),
         ("visible tokens", kept, f"{K}, in shuffled order", batch(visible),
          f"put the class token in front: {batch(latent)}"),
-        ("encoder", *box(encoder, "LayerNorm"), batch(latent), "project, fill, unshuffle"),
+        ("encoder", *box(model.encoder, "LayerNorm"), batch(latent), "project, fill, unshuffle"),
         ("all positions", all_tokens, "orange: class token, blue: masked", batch(filled),
          "add positions"),
-        ("decoder", *box(decoder, "linear head"), batch(pred), "without class token"),
-        ("prediction", cut(predicted), "visible: no loss", batch(pred), "compare with"),
+        ("decoder", *box(model.decoder, "linear head"), batch(pred), "without class token"),
+        ("prediction", cut(to_pixels(model, pred, patches)), "visible: no loss", batch(pred),
+         "compare with"),
         ("original", original, "each patch normalized" if model.norm_pix_loss else "every patch",
          batch(patches), "mean squared error"),
         ("error per patch", colors.masked_fill(~hidden, HIDDEN), "gray: visible, no loss",
          batch(mask), "mean over masked"),
-        ("loss", [f"{model.loss(patches, pred, mask):.4f}"], f"over {N - K} patches", "", ""),
+        ("loss", [f"{loss:.4f}"], f"over {N - K} patches", "", ""),
     ]
 
 
-def draw_architecture(args: argparse.Namespace) -> Image.Image:
-    """An image on its way through the model, with the shapes of a batch (MAE, figure 1)."""
-    model, images, _, caption = load(args, "pretrain")
-    stages = make_stages(model, images[0], random_noise(images[:1], model, args.seed))
-    return draw_flow(stages, "A masked autoencoder, step by step", caption)
+def draw_flow(stages: list[tuple], title: str, caption: str) -> Image.Image:
+    """Stages, four in a row, with an arrow from each to the next. A stage: its name; small pictures
+    uint8 (M, 3, h, h) or lines of text; a note; the texts over and under its arrow."""
+    step, pitch = (WIDTH - 2 * MARGIN - STAGE) // 3, STAGE + 172
+    sheet = Sheet(WIDTH, math.ceil(len(stages) / 4) * pitch - 96, title, caption)
+    corners = [(MARGIN + i % 4 * step, sheet.top + 36 + i // 4 * pitch) for i in range(len(stages))]
+    for (name, content, note, _, _), (x, y) in zip(stages, corners):
+        middle = x + STAGE / 2
+        sheet.text(middle, y - 12, name, anchor="ms")
+        sheet.text(middle, y + STAGE + 30, note, GRAY, "ms")
+        if isinstance(content, Tensor):
+            sheet.tile(x, y, mosaic(content, STAGE), STAGE)
+        else:
+            sheet.box(x, y, STAGE, STAGE, GRAY, fill=PALE, radius=14)
+            for i, line in enumerate(content):
+                sheet.text(middle, y + STAGE / 2 + 40 * (i - (len(content) - 1) / 2), line,
+                           anchor="mm")
+    for (*_, shape, action), (x, y), (x1, y1) in zip(stages, corners, corners[1:]):
+        if y == y1:                                         # to the right
+            y += STAGE // 2
+            points, turn = [(x + STAGE + 12, y), (x1 - 16, y)], 270
+        else:                                               # around, to the next row
+            x, x1, y = x + STAGE // 2, x1 + STAGE // 2, y1 - 84
+            points, turn = [(x, y - 12), (x, y), (x1, y), (x1, y1 - 44)], 180
+        sheet.line(points)
+        tip = [SHARP * value for value in (*points[-1], 9)]     # x, y, radius of the arrow's tip
+        sheet.draw.regular_polygon(tip, 3, turn, INK)
+        middle = (points[0][0] + points[-1][0]) / 2
+        sheet.text(middle, y - 14, shape, anchor="ms")
+        sheet.text(middle, y + 34, action, GRAY, "ms")
+    return sheet.picture()
 
 
 # ------------------------------------------------------------------------------ input
 
 
+@dataclasses.dataclass
+class Given:
+    """The model and the images that the flags name."""
+    model: nn.Module
+    checkpoint: dict
+    images: Tensor              # uint8 (n, 3, H, W)
+    labels: list[str]           # one for each image, to print and to draw
+    truths: list[str]           # its true class, "" if that is not known
+    caption: str
+
+
+def load(args: argparse.Namespace, kind: str | None = None) -> Given:
+    """The model of --checkpoint with image files or, if there are none, test images of the data
+    set that --dataset or the checkpoint names. Only --dataset downloads: if CIFAR is missing, the
+    examples of this repository take its place. kind: see `load_run`. Raises BadInput, OSError."""
+    model, checkpoint, caption = load_run(args.checkpoint, kind)
+    settings, files = checkpoint["settings"], args.images
+    if files and (args.indices or args.dataset):
+        raise BadInput("give either image files or --dataset and --indices, not both")
+    name, size = args.dataset or settings["dataset"], getattr(model, "encoder", model).image_size
+    own_folder = Path(settings.get("data_dir", "data") if name == settings["dataset"] else "data")
+    folder = args.data_dir or own_folder
+    if name in data.SOURCES and not (args.data_dir or folder.is_dir()):
+        folder = Path("data")                               # the weights may be from elsewhere
+    needed = folder / (data.SOURCES[name].folder if name in data.SOURCES else "")
+    if not (files or args.dataset or name == "shapes" or needed.exists()):
+        files = sorted((HERE / "assets" / "examples").glob("*.png"))[:args.count]
+        if args.indices or not files or name not in data.SOURCES:
+            raise BadInput(f"the data set {name} is not in {folder}: give image files, --data-dir, "
+                           "or --dataset to download one")
+    if files:
+        images = torch.stack([data.read_image(file, size) for file in files])
+        return Given(model, checkpoint, images, [file.stem for file in files], [""] * len(files),
+                     f"image files · {caption}")
+    dataset = data.load_dataset(name, folder, size)
+    chosen = args.indices or list(range(len(dataset.test_images)))[:args.count]
+    if max(chosen) >= len(dataset.test_images):
+        raise BadInput(f"image {max(chosen)}: the test images of {dataset.title} are numbered 0 to "
+                       f"{len(dataset.test_images) - 1}; see --indices")
+    truths = [dataset.classes[dataset.test_labels[i]] if dataset.classes else "" for i in chosen]
+    return Given(model, checkpoint, dataset.test_images[chosen],
+                 [f"{i} {truth}".rstrip() for i, truth in zip(chosen, truths)], truths,
+                 f"{dataset.title} test images · {caption}")
+
+
+def load_run(path: Path, kind: str | None = None) -> tuple[nn.Module, dict, str]:
+    """The model of a checkpoint, the checkpoint, and the caption. kind: "pretrain" if it must be an
+    autoencoder, "classifier" if it must be a classifier. Raises BadInput, OSError."""
+    model, checkpoint = data.load_model(path, kind)
+    count = checkpoint["epoch"]
+    epochs = f"{count} epoch{'s' * (count != 1)} of {data.PROGRAMS[checkpoint['kind']]}"
+    task = f" with {describe_task(model)}" if isinstance(model, mae.MAEViT) else ""
+    return model, checkpoint, f"{run_label(path, checkpoint['settings'])} · {epochs}{task}"
+
+
 def run_label(path: Path, settings: dict) -> str:
-    """The name of a run's folder, or of a renamed file, and the data set if the settings tell."""
+    """The name of a run's folder, or of a renamed file, and its data set if the settings tell."""
     path = path.resolve()
     if path.name in ("checkpoint.pt", "weights.pt", "log.csv"):
         path = path.parent
@@ -596,71 +530,23 @@ def run_label(path: Path, settings: dict) -> str:
 
 
 def describe_task(model: mae.MAEViT) -> str:
-    """What a caption says of the task of an autoencoder."""
-    normalized = " · predicts normalized patches, shown with their own mean and deviation"
+    """The task of an autoencoder, for a caption."""
+    normalized = " · predicts normalized patches, shown with the original mean and std"
     return f"mask ratio {model.shuffle.mask_ratio:g}" + (normalized if model.norm_pix_loss else "")
 
 
-def load_run(path: Path, kind: str | None = None) -> tuple[nn.Module, dict, str]:
-    """The model of a checkpoint, its settings, and the caption. kind: "pretrain", if it must be an
-    autoencoder. Raises BadInput, OSError."""
-    model, checkpoint = data.load_model(path, kind)
-    settings, count = checkpoint["settings"], checkpoint["epoch"]
-    epochs = f"{count} epoch{'s' * (count != 1)} of {data.PROGRAMS[checkpoint['kind']]}"
-    task = f" with {describe_task(model)}" if isinstance(model, mae.MAEViT) else ""
-    return model, settings, f"{run_label(path, settings)} · {epochs}{task}"
-
-
-def load(args: argparse.Namespace, kind: str | None = None):
-    """What the flags name: model, images uint8 (n, 3, H, W), a label for each, caption.
-
-    The images are files, or else test images of the data set that --dataset or the checkpoint
-    names. Only --dataset downloads it; if it is missing, the examples of this repository take its
-    place. Raises BadInput, OSError.
-    """
-    model, settings, caption = load_run(args.checkpoint, kind)
-    size = getattr(model, "encoder", model).image_size
-    if args.images and (args.indices or args.dataset):
-        raise BadInput("give either image files or --dataset and --indices, not both")
-    files, name = args.images, args.dataset or settings["dataset"]
-    folder = args.data_dir or Path(settings.get("data_dir", "data"))
-    if not args.data_dir and (name != settings["dataset"] or not folder.is_dir()):
-        folder = Path("data")
-    needed = folder / (data.SOURCES[name].folder if name in data.SOURCES else "train")
-    if not (files or args.dataset or name == "shapes" or needed.exists()):
-        files = sorted((HERE / "assets" / "examples").glob("*.png"))[:args.count]
-        if args.indices or not files:
-            raise BadInput(f"the data set {name} is not in {folder}: give image files, --data-dir, "
-                           "or --dataset to download one")
-    if files:
-        images = torch.stack([data.read_image(file, size) for file in files])
-        return model, images, [file.stem for file in files], f"image files · {caption}"
-    dataset = data.load_dataset(name, folder, size)
-    images = dataset.test_images
-    chosen = args.indices or list(range(len(images)))[:args.count]
-    if max(chosen) >= len(images):
-        raise BadInput(f"image {max(chosen)}: the test images of {dataset.title} are numbered 0 to "
-                       f"{len(images) - 1}; see --indices")
-    labels = [f"{i} {dataset.classes[dataset.test_labels[i]]}" if dataset.classes else f"{i}"
-              for i in chosen]
-    return model, images[chosen], labels, f"{dataset.title} test images · {caption}"
-
-
 def read_epochs(run: Path) -> dict[int, Tensor]:
-    """What `save_epoch` kept in a run's folder: tiles uint8 (B, 3, 3, H, W) by epoch, in order.
+    """The tiles of `save_epoch` in a run's folder: uint8 (B, 3, 3, H, W) by epoch, in order.
     Raises BadInput if there are none, or one is damaged or shows other images; OSError."""
     folder, epochs = run / "reconstructions", {}
     for path in sorted(folder.glob("epoch-*.npy")):
         content = io.BytesIO(path.read_bytes())
-        try:
+        with data.damaged_if_it_fails(path):
             tiles = torch.from_numpy(np.load(content, allow_pickle=False))
-            B, _, _, _, side = next(iter(epochs.values()), tiles).shape
-            if (tiles.dtype, *tiles.shape) != (torch.uint8, B, 3, 3, side, side) or not B * side:
-                raise ValueError("not tiles")
+            first = next(iter(epochs.values()), tiles)
+            if tiles.dtype != torch.uint8 or tiles.ndim != 5 or tiles.shape != first.shape:
+                raise ValueError("other images than in the first epoch")
             epochs[int(path.stem.removeprefix("epoch-"))] = tiles
-        except Exception:       # what np.load raises for damaged files has no common type
-            raise BadInput(f"{path} is damaged, or shows other images than the first epoch: "
-                           "delete it") from None
     if not epochs:
         raise BadInput(f"{folder} has no epoch-*.npy: give the folder of a run of pretrain.py")
     return dict(sorted(epochs.items()))
@@ -682,6 +568,156 @@ def read_log(path: Path) -> list[dict[str, float]]:
     return rows
 
 
+# ------------------------------------------------------------------------------ the toolkit
+
+
+@functools.cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The font that comes with Pillow. Raises BadInput if this Pillow cannot draw text."""
+    with contextlib.suppress(ImportError):
+        return ImageFont.load_default(size)
+    raise BadInput("this Pillow was built without FreeType and cannot draw text: install it again")
+
+
+def text_width(text: str) -> float:
+    """In pixels of the sheet."""
+    return font(SHARP * 24).getlength(text) / SHARP
+
+
+class Sheet:
+    """A white page with a title and a caption. x and y are pixels from its top left corner; below
+    `top` are `height` pixels for the picture. Everything is drawn SHARP times larger and reduced at
+    the end, which smooths lines and text."""
+
+    def __init__(self, width: int, height: int, title: str, caption: str) -> None:
+        room = width - 2 * MARGIN
+        lines = textwrap.wrap(caption, int(room / 11.5))    # 11.5: pixels of a usual letter
+        self.top = MARGIN + 60 + 32 * len(lines)
+        self.bottom = self.top + height
+        self.canvas = Image.new("RGB", (SHARP * width, SHARP * (self.bottom + MARGIN)), PAPER)
+        self.draw = ImageDraw.Draw(self.canvas)
+        self.draw.text((SHARP * MARGIN, SHARP * MARGIN), title, INK, font(SHARP * 32))
+        for i, line in enumerate(lines):
+            self.text(MARGIN, MARGIN + 46 + 32 * i, line.strip(" ·"), GRAY, fit=room)
+
+    def picture(self) -> Image.Image:
+        return self.canvas.reduce(SHARP)
+
+    def text(self, x: float, y: float, text: str, color=INK, anchor: str = "la",
+             fit: float = math.inf) -> None:
+        """One line, cut if it is more than `fit` pixels wide. Pillow's font has only ASCII and a
+        few signs: letters lose their accents, other letters become "?"."""
+        letters = [c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c)]
+        text = "".join(c if " " <= c <= "~" or c in "·…" else "?" for c in letters)
+        while len(text) > 1 and text_width(text) > fit:
+            text = text[:-2] + "…"
+        self.draw.text((SHARP * x, SHARP * y), text, color, font(SHARP * 24), anchor)
+
+    def tile(self, x: int, y: int, pixels: Tensor, width: int) -> None:
+        """uint8 (3, H, W), drawn `width` pixels wide. Enlarged pixels are sharp squares."""
+        height = pixels.shape[-2] * width // pixels.shape[-1]
+        picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        picture = picture.resize((SHARP * width, SHARP * height), Image.Resampling.BOX)
+        self.canvas.paste(picture, (SHARP * x, SHARP * y))
+
+    def line(self, points: list[tuple[float, float]], color=INK, width: int = 2) -> None:
+        """A line through points (x, y), or a dot if there is only one."""
+        points = [(SHARP * x, SHARP * y) for x, y in points]
+        if len(points) == 1:
+            self.draw.circle(points[0], SHARP * width * 1.5, color)
+        else:
+            self.draw.line(points, color, SHARP * width, "curve")
+
+    def box(self, x: int, y: int, width: int, height: int, outline=None, fill=None,
+            radius: int = 0) -> None:
+        corners = [SHARP * value for value in (x, y, x + width, y + height)]
+        self.draw.rounded_rectangle(corners, SHARP * radius, fill, outline, SHARP * 2)
+
+
+HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10),
+                 (252, 255, 164)])                          # dark to bright, also in gray
+
+
+def heat(values: Tensor) -> Tensor:
+    """Numbers 0..1 to colors: (..., H, W) -> uint8 (..., 3, H, W)."""
+    places = np.linspace(0, 1, len(HEAT))
+    channels = [np.interp(values.cpu().numpy(), places, channel) for channel in HEAT.T]
+    return torch.from_numpy(np.stack(channels, axis=-3).round().astype(np.uint8))
+
+
+def mosaic(pictures: Tensor, size: int) -> Tensor:
+    """Small square pictures in rows: uint8 (M, 3, h, h) -> (3, size, size), larger if need be."""
+    M, _, h, _ = pictures.shape
+    columns, gap = math.isqrt(M), 2
+    rows = math.ceil(M / columns)
+    enlarge = max(1, (size // rows - gap) // h)
+    pictures = pictures.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    h, step = h * enlarge, h * enlarge + gap
+    size = max(size, rows * step - gap)
+    top, left = ((size - count * step + gap) // 2 for count in (rows, columns))
+    page = torch.full((3, size, size), 255, dtype=torch.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = top + i // columns * step, left + i % columns * step
+        page[:, y:y + h, x:x + h] = picture
+    return page
+
+
+def column(title: str, tiles: Tensor, notes=()) -> tuple[str, list[tuple[Tensor, str]]]:
+    """A column for `draw_grid`: tiles uint8 (n, 3, H, W), and the text under each, if any."""
+    return title, list(zip(tiles, notes or [""] * len(tiles)))
+
+
+def draw_grid(groups: list[list[tuple]], title: str, caption: str, color_label: str = "",
+              outline: tuple[int, int, int] | None = None) -> Image.Image:
+    """Square tiles in columns, as large as the sheet's width allows.
+
+    groups: lists of columns, from `column`, with wider gaps between the groups. color_label: what
+    the colors of `heat` mean. outline: y, x and side of a square to outline in every tile.
+    """
+    columns = [one for group in groups for one in group]
+    W = columns[0][1][0][0].shape[-1]
+    notes = [note for _, cells in columns for _, note in cells]
+    texts = [heading for heading, _ in columns] + notes
+    between = 4 * GAP * (len(groups) - 1)                   # the gaps between groups, in all
+    room = WIDTH - 2 * MARGIN - between - GAP * len(columns)
+    side = W * max(1, min(320, room // len(columns)) // W)  # of a drawn tile
+    width = max(side, min(176, math.ceil(max(map(text_width, texts)))))     # of a column
+    pitch = side + (42 if any(notes) else GAP)
+    rows = max(len(cells) for _, cells in columns)
+    sheet = Sheet(max(680, 2 * MARGIN + between - GAP + (width + GAP) * len(columns)),
+                  34 + rows * pitch + (38 if color_label else -GAP), title, caption)
+    x = MARGIN
+    for group in groups:
+        for heading, cells in group:
+            left, middle = x + (width - side) // 2, x + width / 2
+            sheet.text(middle, sheet.top + 24, heading, GRAY, "ms", width)
+            for row, (tile, note) in enumerate(cells):
+                y = sheet.top + 34 + row * pitch
+                sheet.tile(left, y, tile, side)
+                sheet.text(middle, y + side + 24, note, GRAY, "ms", width)
+                if outline:
+                    top, start, length = (value * side // W for value in outline)
+                    sheet.box(left + start, y + top, length, length, PAPER)
+            x += width + GAP
+        x += 4 * GAP
+    if color_label:
+        sheet.tile(MARGIN, sheet.bottom - 20, heat(torch.linspace(0, 1, 240).expand(20, -1)), 240)
+        sheet.text(MARGIN + 256, sheet.bottom - 10, color_label, anchor="lm")
+    return sheet.picture()
+
+
+def save(picture: Image.Image | list[Image.Image], path: Path | str) -> None:
+    """Write a picture as PNG, or a list of frames as a GIF that dwells on the last one; whole or
+    not at all. Raises OSError if the file cannot be written."""
+    content = io.BytesIO()
+    if isinstance(picture, list):
+        picture[0].save(content, "GIF", save_all=True, append_images=picture[1:], loop=0,
+                        duration=[400] * (len(picture) - 1) + [3000])   # milliseconds
+    else:
+        picture.save(content, "PNG")
+    data.write_file(path, content.getvalue())
+
+
 # ------------------------------------------------------------------------------ the program
 
 
@@ -690,12 +726,13 @@ def whole_numbers(text: str) -> list[int]:
     return [data.number(int, 0, 10**6)(part) for part in text.split(",")]
 
 
+WEIGHTS = HERE / "results" / "weights"
 FLAGS = {
     "images": dict(nargs="*", type=data.path, help="files (default: test images of a data set)"),
     "RUN": dict(type=data.path, help="folder of a run of pretrain.py"),
     "logs": dict(nargs="+", type=data.path, help="folders of runs, or log.csv files"),
     "--checkpoint": dict(type=data.path, help="file, or a run's folder (default: a shipped one)",
-                         default=HERE / "results" / "weights" / "pretrain-pixels.pt"),
+                         default=WEIGHTS / "pretrain-pixels.pt"),
     "--indices": dict(type=whole_numbers, help="of test images: 0,3,12 (default: the first)"),
     "--count": dict(type=data.number(int, 1, 60), default=6, help="how many images to draw"),
     "--dataset": dict(choices=data.DATASETS, help="downloaded if it is missing"),
@@ -711,8 +748,8 @@ IMAGES = ("images", "--checkpoint", "--indices", "--count", "--dataset", "--data
 
 
 def make_parser() -> data.Parser:
-    parser = data.Parser(description="Draw a picture; without arguments or with flags alone: "
-                         "reconstruct. PICTURE --help explains its flags.")
+    parser = data.Parser(description="Draw a picture; without PICTURE: reconstruct. "
+                         "PICTURE --help explains its flags.")
     commands = parser.add_subparsers(required=True, metavar="PICTURE")
 
     def add(draw, *flags: str, **defaults) -> None:
@@ -725,6 +762,7 @@ def make_parser() -> data.Parser:
     add(draw_reconstruct, *IMAGES, "--seed", "--mask-ratio", "--raw", count=12)
     add(draw_ratios, *IMAGES, "--seed")
     add(draw_timeline, "RUN", "--count")
+    add(draw_predict, *IMAGES, count=12, checkpoint=WEIGHTS / "finetune-lunch.pt")
     add(draw_curves, "logs")
     add(draw_attention, *IMAGES, "--patch", "--block", count=3)
     add(draw_embeddings, "--checkpoint")
@@ -734,11 +772,12 @@ def make_parser() -> data.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+    first = argv[0] if argv else ""
+    if not first or Path(first).suffix or first[0] == "-" and first not in ("-h", "--help"):
         argv = ["reconstruct", *argv]
     args = make_parser().parse_args(argv)
     kinds = (".png", ".gif") if args.draw is draw_timeline else (".png",)
-    if args.out.suffix not in kinds:
+    if args.out.suffix.lower() not in kinds:
         raise BadInput(f"--out {args.out}: its name must end in {' or '.join(kinds)}")
     if args.out.resolve() in [file.resolve() for file in getattr(args, "images", [])]:
         raise BadInput(f"--out {args.out} is one of the pictures to read: name another file")
