@@ -12,13 +12,8 @@ The weights of the saved classifier load into timm's VisionTransformer. In this 
 recipes, `main`, the two ways to train (`finetune` and `probe`), and what they call. The training
 loop, the optimizers and the run folder are those of pretrain.py.
 """
-import os
-import signal
-
-if __name__ == "__main__":      # Ctrl-C ends the program at once: a run can be killed at any time
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import dataclasses
+import os
 import sys
 
 import pretrain                 # before torch: it sets how threads wait for each other

@@ -18,10 +18,7 @@ Sources:
     Muon  Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
 """
 import os
-import signal
 
-if __name__ == "__main__":      # Ctrl-C ends the program at once: a run can be killed at any time
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 if "OMP_WAIT_POLICY" not in os.environ:     # threads that wait for each other spin only briefly:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # faster if other programs are busy, too
 
