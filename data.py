@@ -453,28 +453,28 @@ def load_folder(folder: Path, image_size: int, known: list[str] | None) -> Datas
     """Pictures of any size in train/CLASS/ and in val/CLASS/ or test/CLASS/, cut square and
     resized. Without class folders, those in train/ itself have no labels.
 
-    The folder for testing is the first of val/ and test/ with pictures of the classes. Without one,
-    a tenth of each class in train/ is held out. known: the classes of a classifier, if only test
-    images are needed. They are also those of the data set if train/ has no classes and the folder
-    for testing has no others. A note counts the files left out. Raises BadInput, OSError.
+    The classes are the folders in train/ that hold pictures. The folder for testing is the first of
+    val/ and test/ with pictures of these classes; without one, a tenth of each class is held out.
+    known: the classes of a classifier, if only test images are needed. If train/ has no classes,
+    they take its place, unless the folder for testing has others. A note counts the files left out.
     """
     train, *tests = [find_files(folder / part) for part in ("train", "val", "test")]
-    classes, *found = [sorted(filter(None, groups)) for groups in (train, *tests)]
-    if known and not classes and any(found):                # train/ may be missing
-        found = found[0] or found[1]
-        classes = known if set(found) <= set(known) else found
+    classes = sorted(filter(None, train))                   # without "" and None
+    if known and not classes:                               # train/ may be missing
+        found = sorted(filter(None, tests[0])) or sorted(filter(None, tests[1]))
+        classes = known if found and set(found) <= set(known) else found
     names = classes or [""]
     test = next((groups for groups in tests if groups.keys() & set(names)), None)
-    if test is None:
-        print(f"note: val and test in {folder} have no pictures of the classes of train: a tenth "
-              "of train is held out for testing", file=sys.stderr)
+    if test is None:                                        # hold out every tenth picture
         test = {name: files[1::10] for name, files in train.items()}
         train = {name: [file for i, file in enumerate(files) if i % 10 != 1]
                  for name, files in train.items()}
         tests.append(test)
-    if not any(test.get(name) for name in names):
-        raise BadInput(f"there are too few pictures in {folder / 'train'}: put at least two of "
-                       f"each class into {folder / 'train' / 'CLASS'}")
+        if not any(test.get(name) for name in names):
+            raise BadInput(f"there are too few pictures in {folder / 'train'}: put at least two of "
+                           "each class into train/CLASS, or name another folder with --data-dir")
+        print(f"note: val and test in {folder} have no pictures of the classes of train: a tenth "
+              "of train is held out for testing", file=sys.stderr)
     train = {} if known else train                          # only test images are needed
     train_images, train_labels, train_files = read_pictures(train, names, image_size)
     test_images, test_labels, test_files = read_pictures(test, names, image_size)

@@ -430,7 +430,7 @@ def test_a_tenth_of_each_class_is_held_out_for_testing(pictures, tmp_path, flags
     shutil.rmtree(folder / "train" / "many"), shutil.rmtree(folder / "train" / "two")
     more = ["--dataset", "folder", "--data-dir", folder]
     assert_bad_input(tmp_path, f"too few pictures in {folder}/train: put at least two of each class"
-                     f" into {folder}/train/CLASS", pretrain, *flags["pretrain"], *more)
+                     " into train/CLASS", pretrain, *flags["pretrain"], *more)
     (folder / "train" / "one" / "0.jpg").write_bytes(b"")
     shutil.copy(folder / "train" / "one" / "0.jpg", folder / "train" / "one" / "1.jpg")
     assert_bad_input(tmp_path, "0.jpg is not a picture of a kind that can be read", pretrain,
@@ -451,6 +451,7 @@ def test_a_classifier_is_tested_without_the_training_pictures(pictures, tmp_path
     assert load("apple", "pear") == (["apple", "狗"], [0, 10], [5, 5])      # the caller compares
 
 
+@posix
 def test_pictures_alone_are_for_pretraining_and_a_tenth_of_them_is_held_out(
         pictures, flags, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -946,6 +947,7 @@ def test_an_unknown_setting_of_a_checkpoint_is_named(kind, program, flag, runs, 
                      program, flag, out)
 
 
+@posix
 @pytest.mark.parametrize("name", ["log.csv", "reconstructions/epoch-0001.png"])
 def test_a_log_or_a_picture_that_cannot_be_written_costs_a_note(name, flags, runs, tmp_path):
     out = tmp_path / "run"
@@ -1136,6 +1138,7 @@ BAD_INPUT = [
 ]
 
 
+@posix
 @pytest.mark.parametrize("program, command, message", BAD_INPUT,
                          ids=[command for _, command, _ in BAD_INPUT])
 def test_bad_input_is_one_line_and_harms_nothing(program, command, message, runs, data_dir, flags,
@@ -1457,6 +1460,7 @@ def run_tiny(command: str) -> None:
     assert status == 0, f"{command}: {err}"
 
 
+@posix
 def test_every_command_in_the_readme_works(tmp_path, data_dir, pictures, monkeypatch):
     """In the order of the README. A command that is shown twice runs once."""
     monkeypatch.chdir(tmp_path)
@@ -1535,6 +1539,7 @@ def test_the_accuracies_in_the_readme_are_those_of_the_runs():
         assert f"{np.mean(values):.{decimals}f}{spread} %" == text and text in README
 
 
+@posix
 @pytest.mark.parametrize("tier", ["laptop", "lunch", "wider"])
 def test_the_script_of_the_results_resumes_and_its_commands_work(
         tier, data_dir, tmp_path, monkeypatch):
