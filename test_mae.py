@@ -30,6 +30,7 @@ import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -46,11 +47,6 @@ import visualize
 from finetune import FinetuneSettings
 from mae import MAEViT, PatchShuffle, ViTClassifier, patchify, unpatchify
 from pretrain import PretrainSettings
-
-try:
-    import resource
-except ImportError:                         # on Windows
-    resource = None
 
 HERE = Path(__file__).parent
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
@@ -411,8 +407,7 @@ def test_a_folder_of_pictures_may_hold_other_things_which_are_counted(pictures, 
     assert dataset.test_labels.bincount().tolist() == [5, 0, 0, 5]
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     left_out = sum(path.name == "notes.txt" for path in folder.rglob("*")) + 1 + 3 + 7
-    assert [note.partition(" files in ")[0] for note in notes] == [
-        f"note: {left_out} of {left_out + 50}"]
+    assert len(notes) == 1 and notes[0].startswith(f"note: {left_out} of {left_out + 50} files in")
     assert (folder / notes[0].partition("for example ")[2]).is_file()
 
 
@@ -976,14 +971,9 @@ def test_a_picture_that_fails_costs_a_note_with_the_traceback(flags, tmp_path, m
 
 def test_a_file_that_is_held_for_a_moment_is_replaced_all_the_same(tmp_path, monkeypatch):
     """As a virus scanner holds it on Windows."""
-    replace_file, refusals = os.replace, iter([PermissionError(13, "held")] * 3)
-
-    def replace_later(*args) -> None:
-        for error in refusals:
-            raise error
-        replace_file(*args)
-
-    monkeypatch.setattr(os, "replace", replace_later)
+    replaced = os.replace
+    refused = Mock(side_effect=[PermissionError(13, "held")] * 3 + [None])
+    monkeypatch.setattr(os, "replace", lambda *args: refused() or replaced(*args))
     data.write_file(tmp_path / "file", b"new")
     assert snapshot(tmp_path) == {"file": b"new"}
 
@@ -1014,8 +1004,8 @@ def test_a_console_that_is_not_a_file_shows_the_time_left(monkeypatch):
     assert console.getvalue() == "epoch 1  0:01:10 left\x1b[K\r"
 
 
-@posix
 def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(runs, tmp_path):
+    resource = pytest.importorskip("resource")              # POSIX
     out = shutil.copytree(runs["pretrain"], tmp_path / "run")
     before = (out / "checkpoint.pt").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -1182,15 +1172,12 @@ def test_too_little_memory_is_one_line_and_other_faults_keep_their_traceback(cap
 
 
 @pytest.mark.parametrize("error", [
-    MemoryError(), RuntimeError("CUDA out of memory."), RuntimeError("not enough memory: you"),
-    RuntimeError("Invalid buffer size: 12.00 GB")])
+    MemoryError(), *map(RuntimeError, ["CUDA out of memory.", "DefaultCPUAllocator: not enough "
+                                       "memory", "Invalid buffer size: 12.00 GB"])])
 @pytest.mark.parametrize("function", ["torch.load", "torch.nn.Module.load_state_dict"])
-def test_a_checkpoint_for_which_memory_is_too_small_is_not_called_damaged(
-        error, function, runs, flags, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(function, fail)
+def test_a_checkpoint_is_not_called_damaged_if_memory_runs_out(error, function, runs, tmp_path,
+                                                               flags, monkeypatch):
+    monkeypatch.setattr(function, Mock(side_effect=error))
     assert_bad_input(tmp_path, "error: out of memory", visualize, "ratios", "--checkpoint",
                      runs["pretrain"], "--out", tmp_path / "x.png")
 
@@ -1235,34 +1222,27 @@ def archive(data_dir, tmp_path_factory, monkeypatch) -> bytes:
         server.shutdown()
 
 
-@pytest.mark.parametrize("fault", ["404", "cut off", "changed", "an address that is none",
-                                   "a proxy that is none"])
+@pytest.mark.parametrize("fault", ["404", "cut off", "changed", "an address that is none"])
 def test_downloads_that_fail_leave_nothing_and_a_second_try_succeeds(
-        fault, archive, data_dir, tmp_path, flags, monkeypatch):
+        fault, archive, data_dir, tmp_path, flags):
     folder, source = tmp_path / "data", data.SOURCES["cifar10"]
     Server.answer = {
         "404": b"404 Not Found\r\n\r\n", "changed": b"200 OK\r\n\r\n" + archive[:-1] + b"!",
         "cut off": b"200 OK\r\nContent-Length: 9999999\r\n\r\n" + archive[:-9],
-        "an address that is none": b"302 Found\r\nLocation: http://[/\r\n\r\n",
-        "a proxy that is none": b"200 OK\r\n\r\n" + archive}[fault]
-    if fault == "a proxy that is none":
-        monkeypatch.setenv("http_proxy", "http:/host")
+        "an address that is none": b"302 Found\r\nLocation: http://[/\r\n\r\n"}[fault]
     command = [*flags["pretrain"], "--data-dir", folder, "--epochs", 1, "--out"]
     assert_bad_input(tmp_path, source.url, pretrain, *command, tmp_path / "run")
     status, out, err = run(pretrain, *command, tmp_path / "shapes", "--dataset", "auto")
     assert status == 0 and "CIFAR-10 IS NOT HERE" in err and "data       shapes" in out
     assert not list(folder.iterdir())
 
-    monkeypatch.delenv("http_proxy", raising=False)
-    monkeypatch.setattr(urllib.request, "_opener", None)
     Server.answer = b"200 OK\r\nContent-Length: abc\r\n\r\n" + archive  # an unknown length
     succeed(pretrain, *command, tmp_path / "run")
     assert [path.name for path in folder.iterdir()] == [source.folder]
     assert snapshot(folder / source.folder) == snapshot(data_dir / source.folder)
 
 
-def test_two_programs_may_download_one_data_set_at_the_same_time(archive, data_dir, tmp_path,
-                                                                 monkeypatch):
+def test_two_programs_may_download_at_the_same_time(archive, tmp_path, monkeypatch):
     """The second one begins and ends while the first one downloads."""
     fetch, Server.answer = data.fetch, b"200 OK\r\n\r\n" + archive
 
@@ -1403,9 +1383,8 @@ BROKEN_FILES = [    # subcommand, content of the file that it reads, message
     ("reconstruct", b"<html>", "file is not a picture of a kind that can be read ("),
     ("reconstruct", picture(np.zeros((500, 500), np.uint8), compress_level=0)[:9000],
      "file is damaged"),
-    *(("reconstruct", picture(np.zeros((9_000, width), bool)),      # decoded: gigabytes
-       f"file is too large: it has {width * 9 // 1000} megapixels, the limit is 100")
-      for width in (12_000, 24_000)),
+    ("reconstruct", picture(np.zeros((9_000, 24_000), bool)),
+     "file is too large: it has 216 megapixels, the limit is 100"),
     ("reconstruct", picture(DEEP, "TIFF", "I"), "file has 32-bit values, whose range is not known"),
     ("reconstruct", picture(DEEP, "TIFF", "F"), "file has 32-bit values, whose range is not known"),
     *(("curves", content, "is not a whole log.csv") for content in (
