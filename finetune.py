@@ -23,16 +23,16 @@ from torch.nn import functional as F
 
 import data
 import mae
-from data import COUNT, BadInput
-from pretrain import (SHARE, VIT_TINY, Machine, PretrainSettings, Run, Settings, absolute, flag,
-                      note, refuse_infinite, refuse_other, set_learning_rate)
+from data import COUNT, BadInput, note
+from pretrain import (FRACTION, VIT_TINY, Machine, PretrainSettings, Run, Settings, absolute, flag,
+                      refuse_infinite, refuse_other, set_learning_rate)
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneSettings(Settings):
     epochs: int = flag(4, "passes over the training images")
-    base_lr: float = flag(2e-2, "learning rate for a batch of 256; the one used is this x batch "
-                          "size / 256", type=data.number(float, 0, 1000))
+    base_lr: float = flag(2e-2, "learning rate for a batch of 256; scaled with --batch-size",
+                          type=data.number(float, 0, 1000))
     augment: str = flag("flip", "as for pretrain.py", choices=data.AUGMENTATIONS)
     init: str | None = flag(None, "checkpoint or run folder of pretrain.py, whose encoder is the "
                             "start (default: from scratch)", type=absolute)
@@ -40,12 +40,12 @@ class FinetuneSettings(Settings):
                      "frozen encoder", choices=["finetune", "linear"])
     pool: str = flag("mean", "what the head reads: the class token, or the mean over the patches",
                      choices=["cls", "mean"])
-    layer_decay: float = flag(0.75, "each layer learns at this factor of the learning rate of the "
-                              "layer above", type=SHARE)
-    patch_dropout: float = flag(0.5, "share of the patches that is left out of training images",
-                                type=SHARE)
-    whole: float = flag(0.0, "share of the epochs, at the end, in which no patches are left out",
-                        type=SHARE)
+    layer_decay: float = flag(0.75, "factor of the learning rate from each layer to the one "
+                              "below (1: no decay)", type=FRACTION)
+    patch_dropout: float = flag(0.5, "fraction of the patches that training images lack",
+                                type=FRACTION)
+    whole: float = flag(0.0, "fraction of the epochs, at the end, without PatchDropout",
+                        type=FRACTION)
     mix: bool = flag(False, "mixup or CutMix: mix each training image, and its label, with another "
                      "one")
     labels_per_class: int | None = flag(None, "train on N random images of each class",
@@ -56,7 +56,7 @@ class FinetuneSettings(Settings):
 LUNCH = dict(epochs=44, whole=0.1, batch_size=128, augment="color")
 FULL = dict(VIT_TINY, pool="cls", epochs=100, warmup=0.05, batch_size=128, base_lr=1e-3,
             optimizer="adamw", layer_decay=1.0, augment="none", patch_dropout=0.0)
-PROBE_FIXED = dict(             # a linear probe has no use for other values of these
+PROBE_FIXED = dict(             # a linear probe refuses other values of these
     optimizer="adamw", layer_decay=1.0, augment="none", patch_dropout=0.0, mix=False, whole=0.0,
     repeat=1, compile=False)
 PROBE = dict(PROBE_FIXED, epochs=100, warmup=0.1, batch_size=512, micro_batch_size=64, base_lr=1e-2,
@@ -71,22 +71,22 @@ DEFAULTS = {                    # by kind of training and recipe: what differs f
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, typed = pretrain.read_flags(
+    parser, given = pretrain.read_flags(
         "finetune.py", "Fine-tune an encoder, probe it, or train the same network from scratch.",
         FinetuneSettings, argv, evaluate=dict(
             metavar="CHECKPOINT", type=os.path.expanduser, help="print the test accuracy of a "
             "saved classifier, in float32 by default, and train nothing"))
     checkpoint = None
-    if "evaluate" in typed:
-        defaults = evaluation_settings(typed)
-    elif "resume" in typed:
-        defaults, checkpoint = pretrain.resumed_settings(FinetuneSettings, "classifier", typed)
+    if "evaluate" in given:
+        defaults = evaluation_settings(given)
+    elif "resume" in given:
+        defaults, checkpoint = pretrain.resumed_settings(FinetuneSettings, "classifier", given)
     else:
-        defaults = new_settings(typed)
-    settings = pretrain.make_settings(parser, FinetuneSettings, defaults, typed)
+        defaults = new_settings(given)
+    settings = pretrain.make_settings(parser, FinetuneSettings, defaults, given)
     machine = pretrain.join_machine(settings)
-    if "evaluate" in typed:
-        evaluate_classifier(typed["evaluate"], settings, machine)
+    if "evaluate" in given:
+        evaluate_classifier(given["evaluate"], settings, machine)
     elif settings.mode == "linear":
         probe(settings, machine, checkpoint)
     else:
@@ -94,35 +94,35 @@ def main(argv: list[str] | None = None) -> None:
     machine.leave()
 
 
-def new_settings(typed: dict) -> dict:
+def new_settings(given: dict) -> dict:
     """The defaults of a new run: its recipe, and the sizes and the data set of its encoder. Raises
     BadInput, OSError."""
-    init = typed.get("init")
-    kind = "linear" if typed.get("mode") == "linear" else "finetune" if init else "scratch"
-    defaults = dict(DEFAULTS[kind][typed.get("recipe", "laptop")])
+    init = given.get("init")
+    kind = "linear" if given.get("mode") == "linear" else "finetune" if init else "scratch"
+    defaults = dict(DEFAULTS[kind][given.get("recipe", "laptop")])
     if kind == "linear":
         if not init:
             raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
-        refuse_other(typed, PROBE_FIXED, "a linear probe")
+        refuse_other(given, PROBE_FIXED, "a linear probe")
     if init:
         checkpoint = data.load_checkpoint(init, "pretrain")
         saved = pretrain.saved_settings(PretrainSettings, checkpoint, init)
         sizes = data.model_settings(mae.Encoder, saved)
-        refuse_other(typed, sizes, f"the encoder of {init}")
+        refuse_other(given, sizes, f"the encoder of {init}")
         defaults |= sizes
         if saved["dataset"] in ("cifar100", "folder"):      # or else CIFAR-10, if it is there
             defaults |= dict(dataset=saved["dataset"])
-        if typed.get("dataset", saved["dataset"]) == saved["dataset"]:
-            defaults |= data_folder(saved, init, typed)
-    return defaults | dict(out=pretrain.run_folder(kind, defaults | typed))
+        if given.get("dataset", saved["dataset"]) == saved["dataset"]:
+            defaults |= data_folder(saved, init, given)
+    return defaults | dict(out=pretrain.run_folder(kind, defaults | given))
 
 
-def data_folder(saved: dict, path: str, typed: dict) -> dict:
+def data_folder(saved: dict, path: str, given: dict) -> dict:
     """The setting of the data folder of a checkpoint, if it is still there. Raises BadInput if it
     held pictures and is not."""
     if os.path.isdir(saved["data_dir"]):
         return dict(data_dir=saved["data_dir"])
-    if saved["dataset"] == "folder" and "data_dir" not in typed:
+    if saved["dataset"] == "folder" and "data_dir" not in given:
         raise BadInput(f"the pictures of {path} were in {saved['data_dir']}, which is not there: "
                        "name their folder with --data-dir")
     return {}
@@ -135,7 +135,7 @@ def finetune(settings: FinetuneSettings, machine: Machine, checkpoint: dict | No
     """Train all weights with labels, from a pre-trained encoder or from scratch (MAE, section 4 and
     appendix A.1).
 
-    checkpoint: that of the run that is resumed, or None.
+    checkpoint: the one to resume from, or None.
     """
     dataset = load_labeled_data(settings, machine)
     model = pretrain.make_model("classifier", settings, machine, len(dataset.classes))
@@ -171,18 +171,18 @@ def finetune(settings: FinetuneSettings, machine: Machine, checkpoint: dict | No
             if drop_patches:
                 noise = torch.rand(len(ids), model.num_patches, generator=generator,
                                    device=machine.device)   # (B, N)
-            for part, share in machine.micro_batches(len(ids)):
+            for part, weight in machine.micro_batches(len(ids)):
                 with machine.autocast():
                     logits = compiled(images[part], noise[part] if drop_patches else None)
                 loss, accuracy = score(logits, labels[part])
-                (loss * share).backward()
-                scores[step] += torch.stack([loss.detach(), accuracy]) * share
+                (loss * weight).backward()
+                scores[step] += torch.stack([loss.detach(), accuracy]) * weight
             machine.add_up_gradients(model)
             set_learning_rate(optimizers, settings, epoch - 1 + (step + 0.5) / steps)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            if progress.advance() and machine.main:         # reading the loss waits for the device
+            if progress.advance() and machine.main:         # this process's part of the loss:
                 progress.show(f"epoch {epoch}/{settings.epochs}  step {step + 1}/{steps}  "
                               f"loss {scores[step, 0] * machine.processes:.4f}")
         train_loss, train_accuracy = machine.sum(scores).mean(dim=0).tolist()
@@ -240,7 +240,7 @@ def probe(settings: FinetuneSettings, machine: Machine, checkpoint: dict | None)
     """Train a linear layer on the features of a frozen encoder, which are computed once (MAE,
     section 4.1 and appendix A.1). Several processes all compute the same.
 
-    checkpoint: that of the run that is resumed, or None.
+    checkpoint: the one to resume from, or None.
     """
     dataset = load_labeled_data(settings, machine)
     classifier = pretrain.make_model("classifier", settings, machine, len(dataset.classes))
@@ -308,11 +308,11 @@ def compute_features(classifier: mae.ViTClassifier, images: Tensor, machine: Mac
 
 
 @torch.no_grad()
-def fold_probe(probe: nn.Linear, mean: Tensor, std: Tensor, head: nn.Linear) -> None:
+def fold_probe(linear: nn.Linear, mean: Tensor, std: Tensor, head: nn.Linear) -> None:
     """Write the probe, which reads normalized features, into the head, which reads plain ones:
     W (x - m) / s + b = (W / s) x + (b - (W / s) m)."""
-    head.weight.copy_(probe.weight / std)
-    head.bias.copy_(probe.bias - head.weight @ mean)
+    head.weight.copy_(linear.weight / std)
+    head.bias.copy_(linear.bias - head.weight @ mean)
 
 
 # ------------------------------------------------------------------------------ start and end
@@ -349,16 +349,16 @@ USED_BY_EVALUATE = {"dataset", "data_dir", "limit", "device", "precision", "micr
                     "threads", "evaluate", "command", "help"}
 
 
-def evaluation_settings(typed: dict) -> dict:
-    """For --evaluate: the data set of a saved classifier, and float32. Nothing else of the machine
-    or the run that made it. Raises BadInput, OSError."""
-    path = typed["evaluate"]
-    for name in typed.keys() - USED_BY_EVALUATE:
+def evaluation_settings(given: dict) -> dict:
+    """For --evaluate: the data set of a saved classifier, and float32. Its run's other settings and
+    its machine are not used. Raises BadInput, OSError."""
+    path = given["evaluate"]
+    for name in given.keys() - USED_BY_EVALUATE:
         raise BadInput(f"--{name.replace('_', '-')} has no effect on --evaluate: leave it out")
     checkpoint = data.load_checkpoint(path, "classifier")
     saved = pretrain.saved_settings(FinetuneSettings, checkpoint, path)
     kept = {name: saved[name] for name in ("dataset", "image_size", "batch_size")}
-    return kept | data_folder(saved, path, typed) | dict(precision="fp32", compile=False)
+    return kept | data_folder(saved, path, given) | dict(precision="fp32", compile=False)
 
 
 def evaluate_classifier(path: str, settings: FinetuneSettings, machine: Machine) -> None:

@@ -12,11 +12,6 @@ Sources:
     MAE   He et al. 2021, Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377
     Muon  Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
 """
-import os
-
-if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():   # read when torch is imported:
-    os.environ["GOMP_SPINCOUNT"] = "5000"   # waiting threads spin briefly, faster on a busy machine
-
 import argparse
 import contextlib
 import ctypes
@@ -24,8 +19,8 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -33,8 +28,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
-import PIL
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():   # before torch is imported:
+    os.environ["GOMP_SPINCOUNT"] = "5000"   # waiting threads spin briefly, faster on a busy machine
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -42,7 +38,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import data
 import visualize
-from data import COUNT, BadInput, number
+from data import COUNT, BadInput, note, number, shell_line
 
 
 # ------------------------------------------------------------------------------ settings
@@ -52,7 +48,7 @@ def flag(default, help: str, **options):
     """A setting: its default, and the help and options of its flag."""
     if type(default) is bool:
         options["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
-    elif type(default) is int:
+    elif type(default) in (int, float):
         options = dict(type=COUNT, metavar="N") | options   # at least 1
     return dataclasses.field(default=default, metadata=dict(options, help=help))
 
@@ -62,13 +58,13 @@ def absolute(text: str) -> str:
     return os.path.abspath(os.path.expanduser(text))
 
 
-SHARE = number(float, 0, 1)
+FRACTION = number(float, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What is asked of a run of pretrain.py or finetune.py. Each field but `command` is a flag.
-    What "auto" and None mean on this machine is decided in `join_machine`."""
+    `join_machine` decides what "auto" and None mean here."""
     recipe: str = flag("laptop", "set of defaults", choices=["laptop", "lunch", "full"])
     dataset: str = flag("auto", "auto: CIFAR-10, or drawn shapes if it cannot be downloaded",
                         choices=["auto", *data.DATASETS])
@@ -79,16 +75,16 @@ class Settings:
     validation: int = flag(0, "test on the last N training images and train on the others, to "
                            "choose settings", type=number(int, 0, 10**6))
     epochs: int = flag(8, "passes over the training images")
-    warmup: float = flag(0.125, "share of the epochs in which the learning rate rises", type=SHARE)
+    warmup: float = flag(0.125, "fraction of the epochs in which the lr rises", type=FRACTION)
     batch_size: int = flag(64, "images per optimizer step, over all processes")
     micro_batch_size: int | None = flag(
         None, "the most images that a process computes at once; smaller: less memory, the same "
         "result (default: 512 on CUDA, 128 on a CPU, 64 on MPS)", type=COUNT, metavar="N")
-    base_lr: float = flag(1e-2, "learning rate for a batch of 256; the one used is this x batch "
-                          "size / 256", type=number(float, 0, 1000))
+    base_lr: float = flag(1e-2, "learning rate for a batch of 256; scaled with --batch-size",
+                          type=number(float, 0, 1000))
     optimizer: str = flag("muon", "muon: orthogonalized updates for the matrices in the blocks, "
                           "AdamW for the rest", choices=["adamw", "muon"])
-    weight_decay: float = flag(0.05, "of weight matrices only", type=number(float, 0, 1000))
+    weight_decay: float = flag(0.05, "weight decay, on matrices only", type=number(float, 0, 1000))
     patch_size: int = flag(4, "side of a patch in pixels")
     dim: int = flag(128, "width of the encoder")
     depth: int = flag(6, "blocks of the encoder")
@@ -96,30 +92,29 @@ class Settings:
     augment: str = flag("crop", "flip: half of the images are mirrored; crop: also shifted by up "
                         "to 4 pixels; color: also color jitter (saturation, contrast, brightness)",
                         choices=data.AUGMENTATIONS)
-    seed: int = flag(0, "of weights, order, augmentation, masks and the choice of labeled images",
+    seed: int = flag(0, "random seed of weights, order, augmentation, masks, labels used",
                      type=number(int, 0, 2**32 - 1))
-    device: str = flag("auto", "auto: cuda if it is there, else cpu",
+    device: str = flag("auto", "auto: cuda if available, else cpu",
                        choices=["auto", "cpu", "cuda", "mps"])
-    precision: str = flag("auto", "bf16: matmuls in bfloat16; auto: bf16 if the hardware has bf16 "
-                          "matmuls", choices=["auto", "fp32", "bf16"])
+    precision: str = flag("auto", "bf16: matmuls in bfloat16; auto: if the hardware has them",
+                          choices=["auto", "fp32", "bf16"])
     compile: bool | None = flag(None, "compile the model with torch.compile (default: on CUDA, if "
                                 "it works)", action=argparse.BooleanOptionalAction)
-    threads: int | None = flag(None, "threads on a CPU (default: timed when the run begins)",
+    threads: int | None = flag(None, "threads on a CPU (default: the fastest, timed at the start)",
                                type=number(int, 1, 1024), metavar="N")
-    checkpoint_every: int = flag(1, "epochs from checkpoint to checkpoint")
-    out: str | None = flag(None, "run folder (default: in runs/, named after the run)",
-                           type=os.path.expanduser)
-    command: str = ""           # that started the run
+    checkpoint_every: int = flag(1, "save a checkpoint every N epochs")
+    out: str | None = flag(None, "run folder, which must be empty", type=os.path.expanduser)
+    command: str = ""           # the command line that started the run
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainSettings(Settings):
-    mask_ratio: float = flag(0.75, "share of the patches that is hidden", type=SHARE)
+    mask_ratio: float = flag(0.75, "fraction of the patches that is masked", type=FRACTION)
     norm_pix_loss: bool = flag(True, "predict each patch normalized by its own mean and std")
     decoder_dim: int = flag(64, "width of the decoder")
     decoder_depth: int = flag(1, "blocks of the decoder")
     decoder_heads: int = flag(4, "attention heads of the decoder")
-    picture_every: int = flag(1, "epochs from picture to picture")
+    picture_every: int = flag(1, "draw a picture every N epochs")
 
 
 VIT_TINY = dict(patch_size=2, dim=192, depth=12, heads=3)
@@ -135,19 +130,19 @@ TEST_IMAGES = 1000              # the first ones, for the test loss
 PICTURED = 12                   # the first ones of these, for the reconstructions
 
 
-# ------------------------------------------------------------------------------ the story
+# ------------------------------------------------------------------------------ pre-training
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, typed = read_flags("pretrain.py", "Pre-train a masked autoencoder.", PretrainSettings,
+    parser, given = read_flags("pretrain.py", "Pre-train a masked autoencoder.", PretrainSettings,
                                argv)
     checkpoint = None
-    if "resume" in typed:
-        defaults, checkpoint = resumed_settings(PretrainSettings, "pretrain", typed)
+    if "resume" in given:
+        defaults, checkpoint = resumed_settings(PretrainSettings, "pretrain", given)
     else:
-        recipe = typed.get("recipe", "laptop")
-        defaults = DEFAULTS[recipe] | {"out": run_folder("pretrain", typed)}
-    settings = make_settings(parser, PretrainSettings, defaults, typed)
+        recipe = given.get("recipe", "laptop")
+        defaults = DEFAULTS[recipe] | {"out": run_folder("pretrain", given)}
+    settings = make_settings(parser, PretrainSettings, defaults, given)
     machine = join_machine(settings)
     pretrain(settings, machine, checkpoint)
     machine.leave()
@@ -157,7 +152,7 @@ def pretrain(settings: PretrainSettings, machine: "Machine", checkpoint: dict | 
     """Hide most of each training image, predict it, and keep a run folder while doing so (MAE,
     section 3 and appendix A.1).
 
-    checkpoint: that of the run that is resumed, or None. Raises BadInput if the loss is not finite.
+    checkpoint: the one to resume from, or None. Raises BadInput if the loss is not finite.
     """
     dataset = load_data(settings, machine)
     model = make_model("pretrain", settings, machine)
@@ -184,17 +179,17 @@ def pretrain(settings: PretrainSettings, machine: "Machine", checkpoint: dict | 
             images = data.scale(images)                     # (B, 3, H, W), -1..1
             noise = torch.rand(len(ids), model.encoder.num_patches, generator=generator,
                                device=machine.device)       # (B, N)
-            for part, share in machine.micro_batches(len(ids)):
+            for part, weight in machine.micro_batches(len(ids)):
                 with machine.autocast():
                     loss, _, _ = compiled(images[part], noise[part])
-                (loss * share).backward()
-                losses[step] += loss.detach() * share
+                (loss * weight).backward()
+                losses[step] += loss.detach() * weight
             machine.add_up_gradients(model)
             set_learning_rate(optimizers, settings, epoch - 1 + (step + 0.5) / steps)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            if progress.advance() and machine.main:         # reading the loss waits for the device
+            if progress.advance() and machine.main:         # this process's part of the loss:
                 progress.show(f"epoch {epoch}/{settings.epochs}  step {step + 1}/{steps}  "
                               f"loss {losses[step] * machine.processes:.4f}")
         train_loss = machine.sum(losses).mean().item()      # over all processes
@@ -209,7 +204,7 @@ def pretrain(settings: PretrainSettings, machine: "Machine", checkpoint: dict | 
     run.finish()
 
 
-# ------------------------------------------------------------------------------ training
+# ------------------------------------------------------- pictures, evaluation, learning rate
 
 
 def save_picture(run: "Run", epoch: int, model: nn.Module, images: Tensor, noise: Tensor) -> None:
@@ -499,8 +494,7 @@ def write_config(path: Path, settings: dict, machine: "Machine") -> None:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     config = {"settings": settings, "machine": machine.describe(),
               "processes": machine.processes, "commit": commit,
-              "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                           "numpy": np.__version__, "pillow": PIL.__version__}}
+              "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     data.write_file(path, (json.dumps(config, indent=2) + "\n").encode())
 
 
@@ -523,14 +517,14 @@ def load_data(settings: Settings, machine: "Machine",
     """The data set on the device, limited as the settings say. The main process reads (and
     downloads) it first, then all others read it. classes: those of a classifier that is only
     tested."""
-    name = [settings.dataset]
+    name, where = [settings.dataset], (settings.data_dir, settings.image_size, classes)
     if machine.main:
-        dataset = data.load_dataset(name[0], settings.data_dir, settings.image_size, classes)
+        dataset = data.load_dataset(name[0], *where)
         name = [dataset.name]                               # perhaps "auto" has become "shapes"
     if machine.processes > 1:
         dist.broadcast_object_list(name)                    # the others wait here
     if not machine.main:
-        dataset = data.load_dataset(name[0], settings.data_dir, settings.image_size, classes)
+        dataset = data.load_dataset(name[0], *where)
     if settings.validation:
         dataset = dataset.hold_out(settings.validation)
     if settings.limit:
@@ -551,9 +545,9 @@ def make_model(kind: str, settings: Settings, machine: "Machine",
 
 def choose_threads(model: nn.Module, settings: Settings, machine: "Machine",
                    checkpoint: dict | None) -> None:
-    """Set the number of threads on a CPU, unless --threads did: to that of the run which is resumed
-    on as many cores, or else to the fastest of 1, 2, 4, ... for a few gradients on zeros. More
-    threads are slower if the network is small or the machine busy."""
+    """Set the number of CPU threads, unless --threads did: that of the resumed run if its machine
+    had as many cores, or else the fastest of 1, 2, 4, ..., timed on zeros. More threads are slower
+    if the network is small or the machine busy."""
     if settings.threads or machine.device.type != "cpu" or machine.processes > 1:
         return
     before = checkpoint and checkpoint.get("machine")
@@ -564,17 +558,17 @@ def choose_threads(model: nn.Module, settings: Settings, machine: "Machine",
     images = torch.zeros(count, 3, settings.image_size, settings.image_size)
     for threads in sorted({*(2**i for i in range(10) if 2**i < most), most}):
         torch.set_num_threads(threads)
-        for i in range(5):
-            began = time.perf_counter() if i < 2 else began     # the first one is a warm-up
+        ends = []
+        for _ in range(5):                                  # the first one is a warm-up
             with machine.autocast():
                 output = model(images, torch.zeros(count, N))       # the loss and more, or logits
             output = output if torch.is_tensor(output) else output[0]
             if output.requires_grad:                        # a probe's encoder is frozen
                 output.sum().backward()
-        seconds = time.perf_counter() - began
-        if seconds > shortest:
+            ends.append(time.perf_counter())
+        if ends[-1] - ends[0] > shortest:
             break
-        fastest, shortest = threads, seconds
+        fastest, shortest = threads, ends[-1] - ends[0]
     model.zero_grad()
     torch.set_num_threads(fastest)
 
@@ -598,7 +592,7 @@ class Machine:
         return self.rank == 0
 
     def describe(self) -> dict:
-        """What a resumed run should find again."""
+        """What should not change if a run is resumed."""
         return dict(device=self.device.type, precision=self.precision, compile=self.compile,
                     threads=torch.get_num_threads(), cores=os.cpu_count())
 
@@ -638,7 +632,7 @@ class Machine:
         return values
 
     def leave(self) -> None:
-        """The end. It is not reached after an error, when the others may never get here."""
+        """Leave the process group. After an error this is skipped: others might never get here."""
         if self.processes > 1:
             dist.barrier()                                  # wait for the main one's last files
             dist.destroy_process_group()
@@ -694,7 +688,7 @@ def find_device(name: str, local_rank: int) -> torch.device:
         reason = f"torch {torch.__version__} cannot use this GPU: {str(error).splitlines()[0]}"
         if name == "cuda":
             raise BadInput(f"--device cuda: {reason}") from None
-        note(f"{reason}; the CPU takes its place")
+        note(f"{reason}; using the CPU")
         return torch.device("cpu")
 
 
@@ -725,7 +719,7 @@ def works_compiled(asked: bool | None, device: torch.device) -> bool:
 def keep_freed_memory() -> None:
     """Have glibc keep freed blocks of any size, instead of returning them to the system and asking
     for them again at every step (7 to 13 % of a step)."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):   # another C library: as it is
+    with contextlib.suppress(OSError, AttributeError, TypeError):   # not glibc: leave it
         libc = ctypes.CDLL(None)
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4               # malloc.h
         libc.mallopt(M_MMAP_MAX, 0)                         # no block gets pages of its own
@@ -737,7 +731,7 @@ def keep_freed_memory() -> None:
 
 def read_flags(program: str, description: str, settings_class: type, argv: list[str] | None,
                **more: dict) -> tuple[data.Parser, dict]:
-    """The flags that are typed, by name, and `command`, the command line. There is a flag for each
+    """The flags that are given, by name, and `command`, the command line. There is a flag for each
     setting, --resume, --help and `more`. Raises BadInput."""
     parser = data.Parser(prog=program, description=description, allow_abbrev=False, add_help=False,
                          argument_default=argparse.SUPPRESS,
@@ -755,19 +749,18 @@ def read_flags(program: str, description: str, settings_class: type, argv: list[
 
 
 def make_settings(parser: data.Parser, settings_class: type, defaults: dict,
-                  typed: dict) -> Settings:
-    """What is typed wins over `defaults`, and these win over those of the class. With --help the
-    result is shown, and the program ends. Raises BadInput if the folder of a new run is not free.
-    """
+                  given: dict) -> Settings:
+    """The flags that are given win over `defaults`, and these over those of the class. With --help
+    the result is shown, and the program ends. Raises BadInput if a new run's folder is not free."""
     values = dataclasses.asdict(settings_class()) | defaults
-    values |= {name: value for name, value in typed.items() if name in values}
+    values |= {name: value for name, value in given.items() if name in values}
     settings = settings_class(**values | {"data_dir": absolute(values["data_dir"])})
-    if "help" in typed:
+    if "help" in given:
         parser.set_defaults(**{name: value for name, value in vars(settings).items()
                                if value is not None})
         parser.print_help()
         sys.exit(0)
-    if not {"resume", "evaluate"} & typed.keys() and any(Path(settings.out).glob("[!.]*")):
+    if not {"resume", "evaluate"} & given.keys() and any(Path(settings.out).glob("[!.]*")):
         free = next(path for i in itertools.count(2)
                     if not os.path.lexists(path := f"{settings.out}-{i}"))
         raise BadInput(f"{settings.out} already holds files: to continue that run, "
@@ -776,14 +769,14 @@ def make_settings(parser: data.Parser, settings_class: type, defaults: dict,
     return settings
 
 
-def run_folder(kind: str, typed: dict) -> str:
-    """The default folder of a new run. Its name tells what is typed and is not a default."""
-    recipe, dataset = typed.get("recipe", "laptop"), typed.get("dataset", "auto")
+def run_folder(kind: str, given: dict) -> str:
+    """The default folder of a new run. Its name lists what differs from the defaults."""
+    recipe, dataset = given.get("recipe", "laptop"), given.get("dataset", "auto")
     parts = [kind, recipe != "laptop" and recipe,
              dataset not in ("auto", "cifar10") and dataset,
-             typed.get("validation") and "validation",
-             "limit" in typed and f"{typed['limit']}-images",
-             "labels_per_class" in typed and f"{typed['labels_per_class']}-labels"]
+             given.get("validation") and "validation",
+             "limit" in given and f"{given['limit']}-images",
+             "labels_per_class" in given and f"{given['labels_per_class']}-labels"]
     return os.path.join("runs", "-".join(filter(None, parts)))
 
 
@@ -791,19 +784,19 @@ MAY_CHANGE = {"data_dir", "device", "precision", "compile", "micro_batch_size", 
               "checkpoint_every", "picture_every", "epochs"}        # when a run is resumed
 
 
-def resumed_settings(settings_class: type, kind: str, typed: dict) -> tuple[dict, dict]:
-    """For --resume: the settings of a run, and its checkpoint. Raises BadInput if a flag is typed
+def resumed_settings(settings_class: type, kind: str, given: dict) -> tuple[dict, dict]:
+    """For --resume: the settings of a run, and its checkpoint. Raises BadInput if a flag is given
     that may not change; OSError."""
-    path = Path(typed["resume"])
+    path = Path(given["resume"])
     checkpoint = data.load_checkpoint(path, kind)
     if "optimizers" not in checkpoint:
         raise BadInput(f"{path} has weights alone, which cannot be resumed: name a run folder with "
                        "its checkpoint.pt")
     out = path if path.is_dir() else path.parent            # its checkpoint may be named, too
     own = saved_settings(settings_class, checkpoint, out / "checkpoint.pt") | {"out": str(out)}
-    typed.pop("command")                                    # the run keeps its first one
-    refuse_other(typed, {name: own[name] for name in own.keys() - MAY_CHANGE}, f"the run in {out}")
-    epochs, done = typed.get("epochs", own["epochs"]), len(checkpoint["log"])
+    given.pop("command")                                    # the run keeps its first one
+    refuse_other(given, {name: own[name] for name in own.keys() - MAY_CHANGE}, f"the run in {out}")
+    epochs, done = given.get("epochs", own["epochs"]), len(checkpoint["log"])
     if epochs != own["epochs"] and epochs <= done:
         raise BadInput(f"--epochs {epochs}: {done} epochs are done already; give a larger number")
     return own, checkpoint
@@ -821,24 +814,13 @@ def saved_settings(settings_class: type, checkpoint: dict, path: Path | str) -> 
     return dataclasses.asdict(settings_class()) | saved
 
 
-def refuse_other(typed: dict, fixed: dict, owner: str) -> None:
-    """Raises BadInput if a setting that is typed is not that of its owner: of a run, an encoder, a
+def refuse_other(given: dict, fixed: dict, owner: str) -> None:
+    """Raises BadInput if a flag differs from a fixed setting of its owner: a run, an encoder, a
     probe."""
     for name, value in fixed.items():
-        if typed.get(name, value) != value:
+        if given.get(name, value) != value:
             raise BadInput(f"--{name.replace('_', '-')} is {value} for {owner}, not "
-                           f"{typed[name]}; leave the flag out")
-
-
-def shell_line(*words: str) -> str:
-    """A command to type, quoted as the system needs it."""
-    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
-
-
-def note(text: str) -> None:
-    """One line on standard error, from the main process alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", file=sys.stderr)
+                           f"{given[name]}; leave the flag out")
 
 
 if __name__ == "__main__":

@@ -1337,7 +1337,7 @@ def test_a_command_to_type_is_quoted_as_the_system_needs_it(monkeypatch):
                          ("win32", 'python x.py --resume "my run"')):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "platform", system)
-            assert pretrain.shell_line("python", "x.py", "--resume", "my run") == line
+            assert data.shell_line("python", "x.py", "--resume", "my run") == line
 
 
 def test_too_little_memory_is_one_line_and_other_faults_keep_their_traceback(capsys):
