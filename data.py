@@ -1,15 +1,10 @@
-"""Data sets, batches and files: everything between the disk and the model.
+"""Data sets, batches and checkpoints: everything between the disk and the model.
 
 Input: the name of a data set and a folder. Output: a `Dataset`, which holds the images for training
 and those for testing, each uint8 (n, 3, H, W), and their labels, int64 (n,). Flips, crops, color
-jitter and scaling are operations on whole batches, on the device where the tensors are. In order:
-
-    data sets     where they are and how they are read: CIFAR's binary files, a folder of pictures
-    batches       order, flips, crops, color jitter, mixup and CutMix, scaling
-    download      archive -> checked -> unpacked -> in place
-    shapes        a data set of drawn shapes, for machines without CIFAR
-    files         written whole or not at all; checkpoints and the models in them
-    errors        bad input is one line and exit status 2; output that fails costs no result
+jitter and scaling are operations on whole batches, on the device where the tensors are. In this
+order: data sets, batches, checkpoints, `shapes`, own pictures, and then the plumbing: download,
+files and errors, command line.
 
 CIFAR-10 and CIFAR-100: Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images. The
 binary format is described at https://www.cs.toronto.edu/~kriz/cifar.html.
@@ -18,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import glob
 import hashlib
 import http.client
 import inspect
@@ -27,14 +23,17 @@ import os
 import shutil
 import sys
 import tarfile
+import tempfile
 import time
+import traceback
 import urllib.request
 import warnings
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor, nn
 
 import mae
@@ -43,7 +42,6 @@ import mae
 # ------------------------------------------------------------------------------ data sets
 
 SIDE = 32                       # pixels: the side of an image of CIFAR and of `shapes`
-PIXELS = 3 * SIDE * SIDE        # bytes of such an image: channel by channel, row by row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Source:
     md5: str
 
 
-SOURCES = {
+SOURCES = {                     # another data set in this format needs only an entry here
     "cifar10": Source(
         "CIFAR-10", "cifar-10-batches-bin", tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
         ("test_batch.bin",), "batches.meta.txt", 10, 1,
@@ -79,7 +77,7 @@ class Dataset:
     """Images uint8 (n, 3, H, W) with H = W, and labels int64 (n,)."""
     name: str                   # one of DATASETS
     title: str
-    classes: list[str]          # none if there are no labels
+    classes: list[str]          # their names; empty if there are no labels
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
@@ -93,7 +91,7 @@ class Dataset:
         """How many images there are for training and for testing."""
         return [len(self.train_images), len(self.test_images)]
 
-    def subset(self, ids: Tensor) -> "Dataset":
+    def subset(self, ids: Tensor | slice) -> "Dataset":
         """Only these training images."""
         return dataclasses.replace(self, train_images=self.train_images[ids],
                                    train_labels=self.train_labels[ids])
@@ -104,8 +102,7 @@ class Dataset:
         if count > len(self.train_images):
             raise BadInput(f"--limit {count}: only {len(self.train_images):,} training images of "
                            f"{self.title} are in use")
-        return dataclasses.replace(self.subset(torch.arange(count)),
-                                   test_images=self.test_images[:count],
+        return dataclasses.replace(self.subset(slice(count)), test_images=self.test_images[:count],
                                    test_labels=self.test_labels[:count])
 
     def hold_out(self, count: int) -> "Dataset":
@@ -115,22 +112,20 @@ class Dataset:
         if rest < 1:
             raise BadInput(f"--validation {count}: {self.title} has {len(self.train_images):,} "
                            "training images, and some must be left to train on")
-        return dataclasses.replace(self.subset(torch.arange(rest)),
-                                   title=f"{self.title}, validation",
+        return dataclasses.replace(self.subset(slice(rest)), title=f"{self.title}, validation",
                                    test_images=self.train_images[rest:],
                                    test_labels=self.train_labels[rest:])
 
     def balanced(self, per_class: int, seed: int) -> "Dataset":
         """`per_class` random training images of each class. Raises BadInput if one has fewer."""
-        order = torch.randperm(len(self.train_labels), generator=seeded_generator("cpu", seed))
-        ids = []
-        for label, title in enumerate(self.classes):
-            of_class = order[self.train_labels[order] == label]
-            if len(of_class) < per_class:
-                raise BadInput(f"--labels-per-class {per_class}: only {len(of_class)} of the "
-                               f"{len(order):,} training images in use are of class {title}")
-            ids.append(of_class[:per_class])
-        return self.subset(torch.cat(ids).sort().values)
+        labels, by_class = self.train_labels.tolist(), [[] for _ in self.classes]
+        for i in torch.randperm(len(labels), generator=seeded_generator("cpu", seed)).tolist():
+            by_class[labels[i]].append(i)
+        for title, ids in zip(self.classes, by_class):
+            if len(ids) < per_class:
+                raise BadInput(f"--labels-per-class {per_class}: only {len(ids)} of the "
+                               f"{len(labels):,} training images in use are of class {title}")
+        return self.subset(torch.tensor(sorted(i for ids in by_class for i in ids[:per_class])))
 
 
 NO_CIFAR = """
@@ -142,18 +137,18 @@ NO_CIFAR = """
 """
 
 
-def load_dataset(name: str, data_dir: Path | str, image_size: int = SIDE) -> Dataset:
+def load_dataset(name: str, data_dir: Path | str, image_size: int = SIDE,
+                 classes: list[str] | None = None) -> Dataset:
     """Read a data set. CIFAR is downloaded first if it is not in `data_dir`.
 
     name: one of DATASETS, or "auto": CIFAR-10 if it is there or can be downloaded, or else
     `shapes`, with a warning. image_size: the side in pixels to which the pictures of a folder are
-    resized; the other data sets have 32. Raises BadInput.
+    resized; the other data sets have 32. classes: those of a trained classifier, if only the test
+    images are needed; of a folder the training pictures are then not read. Raises BadInput.
     """
     data_dir = Path(data_dir)
-    if os.path.lexists(data_dir) and not data_dir.is_dir():
-        raise BadInput(f"--data-dir {data_dir} is a file, or a link to nothing: name a folder")
     if name == "folder":
-        return load_folder(data_dir, image_size)
+        return load_folder(data_dir, image_size, classes)
     if image_size != SIDE:
         raise BadInput(f"--image-size {image_size}: the images of this data set have {SIDE} x "
                        f"{SIDE} pixels; only --dataset folder can have another size")
@@ -173,9 +168,6 @@ def load_cifar(name: str, data_dir: Path) -> Dataset:
     source = SOURCES[name]
     folder = data_dir / source.folder
     if not folder.exists():
-        if (data_dir / source.test[0]).exists():
-            raise BadInput(f"--data-dir {data_dir} is itself the folder of a data set: name the "
-                           "folder in which it lies")
         download(source, data_dir)
     return Dataset(name, source.title, read_class_names(folder, source),
                    *parse_files(folder, source.train, source),
@@ -192,120 +184,27 @@ def parse_files(folder: Path, names: tuple[str, ...], source: Source) -> tuple[T
 def parse_records(path: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
     """A binary file -> pixels uint8 (n, 3, 32, 32), labels uint8 (n,).
 
-    A record is 1 label byte (CIFAR-100: 2, coarse and fine) and then the pixels. Raises BadInput if
-    the file is not made of such records, OSError if it cannot be read.
+    A record is 1 label byte (CIFAR-100: 2, coarse and fine) and then the pixels, channel by
+    channel, row by row. Raises BadInput if the file is missing or is not made of such records.
     """
-    size = source.label_bytes + PIXELS
-    advice = f"put the right file there, or move {path.parent} away to get it anew"
-    if not path.exists():
-        raise BadInput(f"{path} is missing; {advice}")
-    raw = np.frombuffer(path.read_bytes(), dtype=np.uint8)
-    if len(raw) == 0 or len(raw) % size:
-        raise BadInput(f"{path} has {len(raw):,} bytes, which is not a whole number of "
-                       f"{size:,}-byte {source.title} records; {advice}")
-    records = raw.reshape(-1, size)                         # (n, size)
+    size = source.label_bytes + 3 * SIDE * SIDE
+    content = path.read_bytes() if path.exists() else b""
+    count = len(content) // size
+    records = np.frombuffer(content, np.uint8, count * size).reshape(count, size)
     labels = records[:, source.label_bytes - 1]             # (n,)
-    wrong = (labels >= source.num_classes).nonzero()[0]
-    if len(wrong):
-        raise BadInput(f"{path}: record {wrong[0]} has label {labels[wrong[0]]}, but the labels of "
-                       f"{source.title} are 0 to {source.num_classes - 1}; {advice}")
-    return records[:, source.label_bytes:].reshape(-1, 3, SIDE, SIDE), labels
+    if not count or len(content) % size or labels.max() >= source.num_classes:
+        raise BadInput(f"{path} is missing or damaged: it is not made of {size:,}-byte records "
+                       f"with labels from 0 to {source.num_classes - 1}; put the right file there, "
+                       f"or move {path.parent} away to get it anew")
+    return records[:, source.label_bytes:].reshape(count, 3, SIDE, SIDE), labels
 
 
 def read_class_names(folder: Path, source: Source) -> list[str]:
-    """The names of the classes, or their numbers if the file with the names is not as expected."""
-    try:
-        text = (folder / source.class_names).read_text(errors="replace")
-        names = [line.strip() for line in text.splitlines() if line.strip()]
-    except OSError:
-        names = []
-    numbers = [str(label) for label in range(source.num_classes)]
-    return names if len(names) == source.num_classes else numbers
-
-
-def load_folder(folder: Path, image_size: int) -> Dataset:
-    """Pictures of any size in train/CLASS/ and test/CLASS/ (or val/), cut square and resized.
-
-    The classes are the folders in train/, sorted; without any there are no labels. If there is no
-    folder for testing, a tenth of the pictures is held out. Raises BadInput, OSError.
-    """
-    classes = sorted(path.name for path in (folder / "train").glob("[!.]*") if path.is_dir())
-    train = list_pictures(folder / "train", classes)
-    tests = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
-    if tests:
-        test = list_pictures(tests[0], classes)
-    else:
-        count = max(1, len(train) // 10)
-        test, train = train[:count], train[count:] or train
-        print(f"note: {folder} has no folder test or val: {count:,} pictures of train are held out "
-              "for testing", file=sys.stderr)
-    files = train + test
-    labels = torch.tensor([classes.index(file.parent.name) if classes else 0 for file in files])
-    images = torch.from_numpy(read_pictures(files, image_size))
-    return Dataset("folder", folder.resolve().name, classes, images[:len(train)],
-                   labels[:len(train)], images[len(train):], labels[len(train):])
-
-
-def list_pictures(folder: Path, classes: list[str]) -> list[Path]:
-    """The pictures in the class folders, or in the folder itself if there are no classes; shuffled,
-    always in the same way. Other files are left out. Raises BadInput if there are no pictures, or
-    some in a folder that is not a class."""
-    kinds = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-    files = [path for path in sorted(folder.glob("[!.]*/[!.]*" if classes else "[!.]*"))
-             if path.suffix.lower() in kinds]
-    if not files:
-        raise BadInput(f"there are no pictures in {folder}: put those of each class into "
-                       f"{folder / 'CLASS'}")
-    for file in files:
-        if classes and file.parent.name not in classes:
-            raise BadInput(f"{file} is of a class that has no folder in train")
-    return [files[i] for i in np.random.default_rng(0).permutation(len(files))]
-
-
-def read_pictures(files: list[Path], size: int) -> np.ndarray:
-    """All pictures, uint8 (n, 3, size, size). Raises BadInput if they do not fit into memory."""
-    total = f"{len(files):,} pictures of {size} x {size}: {len(files) * 3 * size**2 / 1e6:,.0f} MB"
-    print(f"reading {total}", file=sys.stderr)
-    try:
-        images, progress = np.empty((len(files), 3, size, size), np.uint8), Progress(len(files))
-    except MemoryError:
-        raise BadInput(f"{total} do not fit into memory: choose a smaller --image-size") from None
-    for i, file in enumerate(files):
-        images[i] = read_image(file, size)
-        if progress.advance():
-            progress.show("reading pictures")
-    return images
-
-
-def read_image(path: Path | str, size: int) -> Tensor:
-    """The middle square of an image file, upright and resized: uint8 (3, size, size).
-
-    Of an animation it is the first frame. 16 bits become 8; what is transparent becomes white.
-    Raises BadInput if the file is not a picture of a usual kind, is broken or huge, or has 32-bit
-    values, whose range is not known; OSError if it cannot be read.
-    """
-    file = io.BytesIO(Path(path).read_bytes())
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY      # long texts, color profiles
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(file, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"))
-            deep = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
-            unknown_range = image.mode in ("I", "F") and not deep
-            image = ImageOps.exif_transpose(image)
-            if deep:
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            image = image.convert("RGBA")
-    except Exception:           # what Pillow raises on damaged files has no common type
-        raise BadInput(f"cannot read the picture {path}, it is damaged, huge or of another kind: "
-                       "give a PNG, JPEG, WebP, GIF, BMP, TIFF or PPM file") from None
-    if unknown_range:
-        raise BadInput(f"cannot read the picture {path}: it has 32-bit values, whose range is not "
-                       "known; store it with 8 or 16 bits")
-    image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    page = Image.new("RGBA", image.size, "white")
-    page.alpha_composite(image)
-    return torch.from_numpy(np.array(page.convert("RGB"))).permute(2, 0, 1)
+    """The names of the classes, or their numbers if the file with the names is missing."""
+    path = folder / source.class_names
+    text = path.read_text("utf-8", "replace") if path.exists() else ""
+    names = text.strip().splitlines()
+    return names if len(names) == source.num_classes else list(map(str, range(source.num_classes)))
 
 
 # ------------------------------------------------------------------------------ batches
@@ -402,7 +301,7 @@ def mixup_or_cutmix(images: Tensor, labels: Tensor,
     half = (1 - drawn).sqrt() / 2                           # half a box's side; its area: 1 - drawn
     box = near_random_center(H, half)[:, :, None] & near_random_center(W, half)[:, None, :]
     weight = torch.where(uniform(B, 1, 1) < 0.5, drawn[:, :, None], 1.0 - box.float())  # (B, H, W)
-    share = weight.mean(dim=(1, 2))[:, None]                # exact: the edge may cut a box off
+    share = weight.mean(dim=(1, 2))[:, None]                # not `drawn`: edges cut boxes off
     return (torch.lerp(images.roll(1, 0).float(), images.float(), weight[:, None]),
             torch.lerp(labels.roll(1, 0), labels, share))
 
@@ -417,45 +316,72 @@ def unscale(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-# ------------------------------------------------------------------------------ download
+# ------------------------------------------------------------------------------ checkpoints
+
+CHECKPOINT_VERSION = 7
+PROGRAMS = {"pretrain": "pretrain.py", "classifier": "finetune.py"}     # by kind of run
 
 
-def download(source: Source, data_dir: Path) -> None:
-    """Download, check and unpack an archive, in a folder that is then moved into place. Raises
-    DownloadFailed, OSError."""
-    folder, temporary = data_dir / source.folder, data_dir / f".incomplete-{source.folder}"
-    shutil.rmtree(temporary, ignore_errors=True)            # left by a killed program
-    temporary.mkdir(parents=True)
-    archive, advice = temporary / "archive.tar.gz", f"try again, or unpack it into {data_dir}"
-    try:
-        try:
-            fetch(source.url, archive)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise DownloadFailed(f"cannot download {source.url}: {error}; {advice}") from None
-        md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-        if md5 != source.md5:
-            raise DownloadFailed(f"{source.url} arrived with MD5 {md5} instead of {source.md5}: "
-                                 f"cut off or changed on the way; {advice}")
-        with tarfile.open(archive) as tar:
-            tar.extractall(temporary, filter="data")
-        os.rename(temporary / source.folder, folder)
-    except OSError as error:
-        error.filename = error.filename or str(folder)      # a full disk does not name the file
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def save_checkpoint(path: Path | str, checkpoint: dict) -> None:
+    """Write tensors and plain values with the keys that `load_checkpoint` names."""
+    buffer = io.BytesIO()
+    torch.save({"version": CHECKPOINT_VERSION, **checkpoint}, buffer)
+    write_file(path, buffer.getvalue())
 
 
-def fetch(url: str, path: Path, timeout: float = 30) -> None:
-    """Download a file, with a progress line if its length is known. timeout: seconds without an
-    answer."""
-    with urllib.request.urlopen(url, timeout=timeout) as response, open(path, "wb") as file:
-        length = response.headers.get("Content-Length", "")
-        progress = Progress(int(length) if length.isdecimal() else 0)
-        while chunk := response.read(2**18):
-            file.write(chunk)
-            if progress.advance(len(chunk)):
-                progress.show(f"downloading {progress.done / 1e6:.0f} MB")
+def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
+    """Read a checkpoint, or the one in a run's folder. No code in it is executed.
+
+    Keys: kind ("pretrain" or "classifier"), settings (a dict, as they were asked), epoch (epochs
+    done), log (a dict per epoch), images (how many for training and testing), classes (their names
+    in order, none without labels), model (state dict) and, except in weights.pt, optimizers (state
+    dicts) and machine (what the settings meant there). Raises BadInput if the file is not what the
+    programs write, or of another kind or version; OSError if it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = [path / "checkpoint.pt", path / "weights.pt"]
+        path = next((file for file in files if file.exists()), files[0])
+    content = io.BytesIO(path.read_bytes())
+    with damaged_if_it_fails(path), warnings.catch_warnings(action="ignore"):
+        checkpoint = torch.load(content, map_location="cpu", weights_only=True)
+        version, kind_found = checkpoint["version"], PROGRAMS[checkpoint["kind"]]
+    if version != CHECKPOINT_VERSION:
+        raise BadInput(f"{path} has checkpoint version {version}, this program reads version "
+                       f"{CHECKPOINT_VERSION}: use the program that wrote it")
+    if kind and checkpoint["kind"] != kind:
+        raise BadInput(f"{path} is from {kind_found}, but one from {PROGRAMS[kind]} is needed")
+    return checkpoint
+
+
+def model_settings(model_class: type, settings: dict) -> dict:
+    """Those of the settings that are arguments of a class of models."""
+    arguments = inspect.signature(model_class).parameters
+    return {name: value for name, value in settings.items() if name in arguments}
+
+
+def build_model(kind: str, settings: dict, num_classes: int = 10) -> nn.Module:
+    """A new MAEViT ("pretrain") or ViTClassifier ("classifier"), as the settings say. Raises
+    ValueError if they do not fit together.
+
+    An argument that the settings of an older checkpoint lack has the default of its class. So a new
+    argument and its flag need the same default: what the older models were.
+    """
+    if kind == "pretrain":
+        return mae.MAEViT(**model_settings(mae.MAEViT, settings))
+    encoder = mae.Encoder(**model_settings(mae.Encoder, settings))
+    return mae.ViTClassifier(encoder, num_classes, **model_settings(mae.ViTClassifier, settings))
+
+
+def load_model(path: Path | str, kind: str | None = None) -> tuple[nn.Module, dict]:
+    """The model of a checkpoint, in eval mode, and the checkpoint. Raises BadInput, OSError."""
+    checkpoint = load_checkpoint(path, kind)
+    with damaged_if_it_fails(path):
+        weights = checkpoint["model"]
+        model = build_model(checkpoint["kind"], checkpoint["settings"],
+                            len(weights.get("head.bias", ())))
+        model.load_state_dict(weights)
+    return model.eval(), checkpoint
 
 
 # ------------------------------------------------------------------------------ shapes
@@ -514,106 +440,169 @@ def draw_shapes(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return picture.clip(0, 255).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------ own pictures
+
+KINDS = {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind in
+         ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")}      # if Pillow has them
+MAX_MEGAPIXELS = 100
+Image.MAX_IMAGE_PIXELS = None                               # MAX_MEGAPIXELS takes its place
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY      # long texts, color profiles
+warnings.filterwarnings("ignore", module="PIL")             # of odd metadata
 
 
-def write_file(path: Path | str, content: bytes | memoryview) -> None:
-    """Write a file whole or not at all: to a temporary file beside it, which is flushed to the disk
-    and then renamed. Raises OSError if it cannot be written; an older file is then untouched."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        error.filename = str(path)                          # a full disk does not name the file
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
+def load_folder(folder: Path, image_size: int, known: list[str] | None) -> Dataset:
+    """Pictures of any size in train/CLASS/ and in val/CLASS/ or test/CLASS/, cut square and
+    resized. Without class folders, those in train/ itself have no labels.
 
-
-CHECKPOINT_VERSION = 7
-PROGRAMS = {"pretrain": "pretrain.py", "classifier": "finetune.py"}     # by kind of run
-
-
-def save_checkpoint(path: Path | str, checkpoint: dict) -> None:
-    """Write tensors and plain values with the keys that `load_checkpoint` names."""
-    buffer = io.BytesIO()
-    torch.save({"version": CHECKPOINT_VERSION, **checkpoint}, buffer)
-    write_file(path, buffer.getbuffer())
-
-
-def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
-    """Read a checkpoint, or the one in a run's folder. No code in it is executed.
-
-    Keys: kind ("pretrain" or "classifier"), settings (a dict), epoch (epochs done), log (a dict per
-    epoch), images (how many for training and testing), classes (their names in order, none without
-    labels), model (state dict) and, except in weights.pt, optimizers (state dicts) and, of a linear
-    probe, probe. Raises BadInput if the file is not what the programs write, or of another kind or
-    version; OSError if it cannot be read.
+    The classes are the folders in train/ that hold pictures. The folder for testing is the first of
+    val/ and test/ with pictures of these classes; without one, a tenth of each class is held out.
+    known: the classes of a classifier, if only test images are needed. If train/ has no classes,
+    they take its place, unless the folder for testing has others. A note counts the files left out.
     """
-    path = Path(path)
-    if path.is_dir():
-        files = [path / "checkpoint.pt", path / "weights.pt"]
-        path = next((file for file in files if file.exists()), files[0])
-    content = io.BytesIO(path.read_bytes())
-    with damaged_if_it_fails(path), warnings.catch_warnings(action="ignore"):
-        checkpoint = torch.load(content, map_location="cpu", weights_only=True)
-        version, kind_found = checkpoint["version"], PROGRAMS[checkpoint["kind"]]
-    if version != CHECKPOINT_VERSION:
-        raise BadInput(f"{path} has checkpoint version {version}, this program reads version "
-                       f"{CHECKPOINT_VERSION}: use the program that wrote it")
-    if kind and checkpoint["kind"] != kind:
-        raise BadInput(f"{path} is from {kind_found}, but one from {PROGRAMS[kind]} is needed")
-    return checkpoint
+    train, *tests = [find_files(folder / part) for part in ("train", "val", "test")]
+    classes = sorted(filter(None, train))                   # without "" and None
+    if known and not classes:                               # train/ may be missing
+        found = sorted(filter(None, tests[0])) or sorted(filter(None, tests[1]))
+        classes = known if found and set(found) <= set(known) else found
+    names = classes or [""]
+    test = next((groups for groups in tests if groups.keys() & set(names)), None)
+    if test is None:                                        # hold out every tenth picture
+        test = {name: files[1::10] for name, files in train.items()}
+        train = {name: [file for i, file in enumerate(files) if i % 10 != 1]
+                 for name, files in train.items()}
+        tests.append(test)
+        if not any(test.get(name) for name in names):
+            raise BadInput(f"there are too few pictures in {folder / 'train'}: put at least two of "
+                           "each class into train/CLASS, or name another folder with --data-dir")
+        print(f"note: val and test in {folder} have no pictures of the classes of train: a tenth "
+              "of train is held out for testing", file=sys.stderr)
+    train = {} if known else train                          # only test images are needed
+    train_images, train_labels, train_files = read_pictures(train, names, image_size)
+    test_images, test_labels, test_files = read_pictures(test, names, image_size)
+    present = {file for groups in (train, *tests) for files in groups.values() for file in files}
+    left_out = present.difference(train_files, test_files)
+    if left_out:
+        print(f"note: {len(left_out):,} of {len(present):,} files in {folder} are left out: they "
+              "cannot be read as pictures or are not in the folder of a class, for example "
+              f"{min(left_out).relative_to(folder)}", file=sys.stderr)
+    return Dataset("folder", folder.resolve().name, classes, train_images, train_labels,
+                   test_images, test_labels)
 
 
-@contextlib.contextmanager
-def damaged_if_it_fails(path: Path | str):
-    """Whatever fails while the content of a file is used becomes BadInput with the error's own
-    words: damaged files cause errors of all types."""
-    try:
-        yield
-    except Exception as error:
-        raise BadInput(f"{path} is damaged, or not from this version of the program: "
-                       f"{type(error).__name__}: {str(error)[:200]}") from None
+def find_files(folder: Path) -> dict[str | None, list[Path]]:
+    """The files in a folder, in order of their names: the pictures of each class, which are at any
+    depth in the folder with its name; under "" those in `folder` itself; under None all others.
+    Hidden files are not listed."""
+    groups = {}
+    paths = [folder / name for name in glob.glob("**", root_dir=folder, recursive=True)]
+    for path in sorted(paths, key=lambda path: path.parts):         # the same on every system
+        if not path.is_dir():
+            *folders, _ = path.relative_to(folder).parts
+            made_by_a_system = any(name.startswith(("__", "@")) for name in folders)
+            is_picture = path.suffix.lower() in KINDS and not made_by_a_system
+            name = (folders[0] if folders else "") if is_picture else None
+            groups.setdefault(name, []).append(path)
+    return groups
 
 
-def model_settings(model_class: type, settings: dict) -> dict:
-    """Those of the settings that are arguments of a class of models."""
-    arguments = inspect.signature(model_class).parameters
-    return {name: value for name, value in settings.items() if name in arguments}
+def read_pictures(groups: dict, names: list[str], size: int) -> tuple[Tensor, Tensor, list[Path]]:
+    """The pictures of these classes that can be read, in a shuffled order that is always the same:
+    images uint8 (n, 3, size, size), labels (n,), files. Raises BadInput, OSError if none can."""
+    pairs = [(file, label) for label, name in enumerate(names) for file in groups.get(name, [])]
+    pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
+    images, progress = np.empty((len(pairs), 3, size, size), np.uint8), Progress(len(pairs))
+    if pairs:
+        print(f"reading {len(pairs):,} pictures of {size} x {size}", file=sys.stderr)
+
+    def read(pair: tuple[Path, int]) -> Tensor | None:
+        with contextlib.suppress(BadInput, OSError):
+            return read_image(pair[0], size)
+
+    done = []
+    with ThreadPool() as pool:                              # Pillow decodes without Python's lock
+        for pair, image in zip(pairs, pool.imap(read, pairs)):
+            if image is not None:
+                images[len(done)] = image
+                done.append(pair)
+            if progress.advance():
+                progress.show("reading pictures")
+    if pairs and not done:
+        read_image(pairs[0][0], size)
+    labels = torch.tensor([label for _, label in done], dtype=torch.long)
+    return torch.from_numpy(images[:len(done)]), labels, [file for file, _ in done]
 
 
-def build_model(kind: str, settings: dict, num_classes: int = 10) -> nn.Module:
-    """A new MAEViT ("pretrain") or ViTClassifier ("classifier"), as the settings say. Raises
-    ValueError if they do not fit together.
+def read_image(path: Path | str, size: int) -> Tensor:
+    """The middle square of an image file, upright and resized: uint8 (3, size, size).
 
-    An argument that the settings of an older checkpoint lack has the default of its class. So a new
-    argument and its flag need the same default: what the older models were.
+    Of an animation it is the first frame. 16 bits become 8; transparent pixels become white. Raises
+    BadInput if the file is not of one of the KINDS, is damaged, too large or has 32-bit values,
+    whose range is not known; OSError if it cannot be read.
     """
-    if kind == "pretrain":
-        return mae.MAEViT(**model_settings(mae.MAEViT, settings))
-    encoder = mae.Encoder(**model_settings(mae.Encoder, settings))
-    return mae.ViTClassifier(encoder, num_classes, **model_settings(mae.ViTClassifier, settings))
-
-
-def load_model(path: Path | str, kind: str | None = None) -> tuple[nn.Module, dict]:
-    """The model of a checkpoint, in eval mode, and the checkpoint. Raises BadInput, OSError."""
-    checkpoint = load_checkpoint(path, kind)
+    file, kinds = io.BytesIO(Path(path).read_bytes()), sorted(set(KINDS.values()))
     with damaged_if_it_fails(path):
-        weights = checkpoint["model"]
-        model = build_model(checkpoint["kind"], checkpoint["settings"],
-                            len(weights.get("head.bias", ())))
-        model.load_state_dict(weights)
-    return model.eval(), checkpoint
+        try:
+            image = Image.open(file, formats=kinds)
+        except UnidentifiedImageError:
+            raise BadInput(f"{path} is not a picture of a kind that can be read "
+                           f"({', '.join(kinds)})") from None
+        megapixels = image.width * image.height / 1e6
+        if megapixels > MAX_MEGAPIXELS:
+            raise BadInput(f"the picture {path} is too large: it has {megapixels:.0f} megapixels, "
+                           f"the limit is {MAX_MEGAPIXELS}")
+        deep = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+        if image.mode in ("I", "F") and not deep:
+            raise BadInput(f"the picture {path} has 32-bit values, whose range is not known: store "
+                           "it with 8 or 16 bits")
+        image = ImageOps.exif_transpose(image)
+        if deep:
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        image = image.convert("RGBA")
+    image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    page = Image.new("RGBA", image.size, "white")
+    page.alpha_composite(image)
+    return torch.from_numpy(np.array(page.convert("RGB"))).permute(2, 0, 1)
 
 
-# ------------------------------------------------------------------------------ errors
+# ======================= plumbing: not needed to understand the method ========================
+# ------------------------------------------------------------------------------ download
+
+
+def download(source: Source, data_dir: Path) -> None:
+    """Download, check and unpack an archive, in a temporary folder, and move the data set into
+    place. Raises DownloadFailed, OSError."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=data_dir))
+    archive, advice = folder / "archive.tar.gz", f"try again, or unpack it into {data_dir}"
+    try:
+        try:
+            fetch(source.url, archive)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise DownloadFailed(f"cannot download {source.url}: {error}; {advice}") from None
+        md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+        if md5 != source.md5:
+            raise DownloadFailed(f"{source.url} arrived with MD5 {md5} instead of {source.md5}: "
+                                 f"cut off or changed on the way; {advice}")
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+        if not (data_dir / source.folder).exists():         # or another program was faster
+            os.rename(folder / source.folder, data_dir / source.folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fetch(url: str, path: Path, timeout: float = 30) -> None:
+    """Download a file. timeout: seconds without an answer."""
+    with urllib.request.urlopen(url, timeout=timeout) as response, open(path, "wb") as file:
+        length = response.headers.get("Content-Length", "")
+        progress = Progress(int(length) if length.isdecimal() else 0)
+        while chunk := response.read(2**18):
+            file.write(chunk)
+            if progress.advance(len(chunk)):
+                progress.show(f"downloading {progress.done / 1e6:.0f} MB")
+
+
+# ------------------------------------------------------------------------------ files and errors
 
 
 class BadInput(Exception):
@@ -624,58 +613,98 @@ class DownloadFailed(BadInput):
     """The archive cannot be downloaded, or is not what it should be."""
 
 
+def write_file(path: Path | str, content: bytes) -> None:
+    """Write a file completely or not at all: to a temporary file beside it, which is then renamed.
+    Raises OSError if it cannot be written; an older file is then untouched."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        replace_file(part, path)
+    except OSError as error:
+        error.filename = str(path)                          # a full disk does not name the file
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def replace_file(new: Path, old: Path, tries: int = 5) -> None:
+    """os.replace, tried again for a moment: on Windows a virus scanner may hold the old file."""
+    for _ in range(tries - 1):
+        with contextlib.suppress(PermissionError):
+            return os.replace(new, old)
+        time.sleep(0.05)
+    os.replace(new, old)
+
+
 @contextlib.contextmanager
-def as_program():
-    """Around a program: bad input, a file that the system refuses, and too little memory become
-    one line on standard error and exit status 2. Other errors keep their traceback."""
-    with (contextlib.redirect_stdout(Output(sys.stdout)),
-          contextlib.redirect_stderr(Output(sys.stderr))):
-        try:
-            yield
-            return
-        except BadInput as error:
-            problem = str(error)
-        except OSError as error:
-            if not error.filename:
-                raise
-            problem = f"{error.filename}: {error.strerror}"
-        except (MemoryError, RuntimeError) as error:        # of numpy; of torch, CUDA and cuBLAS
-            signs = ("out of memory", "allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
-            if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
-                raise
-            problem = "out of memory: use smaller sizes or batches, see --help"
-        sys.stderr.write(f"error: {' '.join(problem.split())}\n")   # one write: lines do not mix
-        sys.exit(2)
+def damaged_if_it_fails(path: Path | str):
+    """Around the use of a file's content: damaged files cause errors of all types."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, BadInput) or is_out_of_memory(error):
+            raise
+        raise BadInput(f"{path} is damaged, or not what this version of the program reads: "
+                       f"{type(error).__name__}: {str(error)[:200]}") from None
 
 
-class Output:
-    """Standard output or standard error, made safe: what it cannot encode is escaped, and what
-    cannot be written is lost. A stream may be missing (None), a closed terminal or a full disk."""
+def is_out_of_memory(error: Exception) -> bool:
+    """The words are those of torch on several systems, CUDA, cuBLAS and MPS."""
+    signs = ("out of memory", "not enough memory", "allocate memory", "Invalid buffer size",
+             "ALLOC_FAILED", "ALLOCATION_FAILED")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))
 
-    def __init__(self, stream) -> None:
-        self.stream = stream or open(os.devnull, "w")
-        with contextlib.suppress(AttributeError, OSError, ValueError):      # not all can do that
-            self.stream.reconfigure(errors="backslashreplace")
 
-    def write(self, text: str) -> None:
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except (OSError, ValueError):                       # ValueError: it has been closed
-            self.stream = open(os.devnull, "w")
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
+def one_line(error: Exception) -> str | None:
+    """What to tell the user, or None for a fault of the program."""
+    if isinstance(error, BadInput):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if is_out_of_memory(error):
+        return "out of memory: use smaller sizes or batches, see --help"
+    return None
 
 
 @contextlib.contextmanager
 def note_if_it_fails():
-    """Around the writing of a log or a picture: if that fails, a line says so and the run goes
-    on."""
+    """Around the writing of a log or a picture: if that fails, for whatever reason, a note says so
+    and the run goes on."""
     try:
         yield
-    except OSError as error:
-        print(f"note: {error.filename}: {error.strerror}; the run goes on", file=sys.stderr)
+    except Exception as error:
+        reason = one_line(error) or traceback.format_exc().strip()
+        print(f"note: {reason}; the run goes on", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def as_program():
+    """Around a program: an error that `one_line` can tell is printed and becomes exit status 2, any
+    other keeps its traceback. Ctrl-C becomes exit status 130."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")        # a stream may be missing, as after 2>&-
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                  # those of notebooks cannot do that
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        problem = one_line(error)
+        if problem is None:
+            raise
+        sys.stderr.write(f"error: {' '.join(problem.split())}\n")   # one write: lines do not mix
+        sys.exit(2)
+
+
+# ------------------------------------------------------------------------------ command line
 
 
 def number(kind: type, low: float, high: float):
@@ -713,18 +742,18 @@ class Progress:
 
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
-        self.began = self.shown = time.monotonic()
+        self.began = self.shown = time.perf_counter()
 
     def advance(self, count: int = 1) -> bool:
         """Count what is done. Returns whether it is time to show the line."""
         self.done += count
         if self.done == self.total and sys.stderr.isatty():     # erase the line
             print("\x1b[K", end="", file=sys.stderr, flush=True)
-        return (time.monotonic() - self.shown > (0.5 if sys.stderr.isatty() else 30)
+        return (time.perf_counter() - self.shown > (0.5 if sys.stderr.isatty() else 30)
                 and self.done < self.total)
 
     def show(self, text: str) -> None:
-        self.shown = time.monotonic()
+        self.shown = time.perf_counter()
         text, end = f"{text}  {self.time_left()} left", "\n"
         if sys.stderr.isatty():                             # \x1b[K erases the rest of the line
             text, end = text[:shutil.get_terminal_size().columns - 1], "\x1b[K\r"
@@ -732,5 +761,5 @@ class Progress:
 
     def time_left(self) -> datetime.timedelta:
         """Estimated from the time per count so far."""
-        seconds = (time.monotonic() - self.began) / max(self.done, 1) * (self.total - self.done)
+        seconds = (time.perf_counter() - self.began) / max(self.done, 1) * (self.total - self.done)
         return datetime.timedelta(seconds=round(seconds))

@@ -525,12 +525,12 @@ def load_data(settings: Settings, machine: "Machine",
     tested."""
     name = [settings.dataset]
     if machine.main:
-        dataset = data.load_dataset(settings.dataset, settings.data_dir, settings.image_size)
+        dataset = data.load_dataset(name[0], settings.data_dir, settings.image_size, classes)
         name = [dataset.name]                               # perhaps "auto" has become "shapes"
     if machine.processes > 1:
         dist.broadcast_object_list(name)                    # the others wait here
     if not machine.main:
-        dataset = data.load_dataset(name[0], settings.data_dir, settings.image_size)
+        dataset = data.load_dataset(name[0], settings.data_dir, settings.image_size, classes)
     if settings.validation:
         dataset = dataset.hold_out(settings.validation)
     if settings.limit:

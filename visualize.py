@@ -497,7 +497,7 @@ def load(args: argparse.Namespace, kind: str | None = None) -> Given:
         images = torch.stack([data.read_image(file, size) for file in files])
         return Given(model, checkpoint, images, [file.stem for file in files], [""] * len(files),
                      f"image files · {caption}")
-    dataset = data.load_dataset(name, folder, size)
+    dataset = data.load_dataset(name, folder, size, checkpoint["classes"])
     chosen = args.indices or list(range(len(dataset.test_images)))[:args.count]
     if max(chosen) >= len(dataset.test_images):
         raise BadInput(f"image {max(chosen)}: the test images of {dataset.title} are numbered 0 to "
