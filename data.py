@@ -668,7 +668,7 @@ def one_line(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if is_out_of_memory(error):
-        return "out of memory: use smaller sizes or batches, see --help"
+        return "out of memory: choose a smaller --micro-batch-size or a larger --patch-size"
     return None
 
 

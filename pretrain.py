@@ -406,7 +406,7 @@ class Run:
             print(f"finished   all {self.epoch} epochs are done; a larger --epochs goes on")
         elif steps * settings.epochs < 100:
             larger = "--repeat" if getattr(settings, "mode", "") == "finetune" else "--epochs"
-            note(f"{steps * settings.epochs} steps are too few to learn much: raise {larger}")
+            note(f"steps in all: {steps * settings.epochs}, too few to learn much; raise {larger}")
         sys.stdout.flush()
 
     def restore(self, checkpoint: dict) -> None:
