@@ -1705,7 +1705,8 @@ def test_the_first_commands_work_in_sequence_without_cifar_and_without_a_network
                     "finetune.py --evaluate runs/finetune", "pretrain.py --resume runs/pretrain",
                     "visualize.py curves runs/finetune runs/scratch runs/linear",
                     "visualize.py reconstruct --checkpoint runs/pretrain",
-                    "visualize.py timeline runs/pretrain --out timeline.gif"):
+                    "visualize.py timeline runs/pretrain --out timeline.gif",
+                    "visualize.py predict --checkpoint runs/finetune"):
         run_tiny(command)
     assert {read_settings(run)["dataset"] for run in Path("runs").iterdir()} == {"shapes"}
 
