@@ -1671,7 +1671,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 def run_tiny(command: str) -> None:
     """A command of the README, with one epoch and a small model. A later flag wins."""
-    file, *flags = shlex.split(command.partition(" #")[0])
+    file, *flags = shlex.split(command)
     if file != "visualize.py" and not {"--resume", "--evaluate"} & set(flags):
         if "--init" not in flags:
             flags += shlex.split("--patch-size 8 --dim 48 --depth 1 --heads 3")
@@ -1705,7 +1705,8 @@ def test_the_first_commands_work_in_sequence_without_cifar_and_without_a_network
                     "finetune.py --evaluate runs/finetune", "pretrain.py --resume runs/pretrain",
                     "visualize.py curves runs/finetune runs/scratch runs/linear",
                     "visualize.py reconstruct --checkpoint runs/pretrain",
-                    "visualize.py timeline runs/pretrain --out timeline.gif"):
+                    "visualize.py timeline runs/pretrain --out timeline.gif",
+                    "visualize.py predict --checkpoint runs/finetune"):
         run_tiny(command)
     assert {read_settings(run)["dataset"] for run in Path("runs").iterdir()} == {"shapes"}
 
@@ -1788,3 +1789,23 @@ def test_the_script_of_the_results_resumes_and_its_commands_work(
         file, *flags = shlex.split(command)
         flags += ["--repeat", 2] if "--repeat" in flags else []
         succeed(sys.modules[file.removesuffix(".py")], *flags, "--device", "cpu", "--threads", 1)
+
+
+@posix
+def test_the_script_of_the_results_collects_what_the_machine_did(flags, tmp_path):
+    """The precision of the run, and not "auto", which was asked."""
+    out, results = tmp_path / "runs" / "new", tmp_path / "results"
+    succeed(pretrain, *flags["pretrain"], "--epochs", 1, "--precision", "auto", "--out", out)
+    (results / "logs").mkdir(parents=True)
+    shutil.copy(RESULTS / "runs.csv", results)
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(["bash", RESULTS / "reproduce.sh", "collect"], cwd=HERE, check=True, env=dict(
+        os.environ, PATH=path, RUNS=str(tmp_path / "runs"), RESULTS=str(results)))
+    with open(results / "runs.csv") as file:
+        row = {row["name"]: row for row in csv.DictReader(file)}["new"]
+    machine = json.loads((out / "config.json").read_text())["machine"]
+    assert (row["precision"], row["threads"]) == (machine["precision"], "1")
+    assert row["precision"] in ("fp32", "bf16") and float(row["pflop"]) > 0
+    assert (results / "logs" / "new.csv").read_bytes() == (out / "log.csv").read_bytes()

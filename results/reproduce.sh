@@ -47,9 +47,7 @@ laptop() {
 lunch() {
     local lunch="--recipe lunch --compile" crop="--augment crop" tuned labels seed few
     both lunch $lunch
-    both lunch-1 $lunch --seed 1
-    both lunch-2 $lunch --seed 2
-    both lunch-3 $lunch --seed 3
+    for seed in 1 2 3; do both lunch-$seed $lunch --seed $seed; done
     use pretrain-lunch linear-lunch --recipe lunch --mode linear
     use pretrain-lunch finetune-lunch-crop $lunch --epochs 40 $crop
     scratch scratch-lunch-69-mix $lunch --epochs 69 --whole 0.06 $crop --mix
@@ -130,14 +128,15 @@ for out in sorted(path.parent for path in runs.glob("*/weights.pt")):
     if known or settings["validation"]:                     # on held-out images: not in the table
         continue
     config = json.loads((out / "config.json").read_text())
-    gpu = settings["device"] == "cuda" and torch.cuda.get_device_name()
+    machine = config["machine"]             # what the settings meant there
+    gpu = machine["device"] == "cuda" and torch.cuda.get_device_name()
     rows[out.name] = dict(zip(columns, (
         out.name, settings["command"], pathlib.Path(settings.get("init") or "").stem,
         len(log), log[-1]["test_loss"], log[-1].get("test_accuracy", ""),
         count_pflop(model, settings, checkpoint["images"]),
         f"{sum(row['seconds'] for row in log) / 60:.1f}",
-        gpu or torch.cpu.get_capabilities()["cpu_name"], settings["threads"] or "",
-        settings["precision"], config["versions"]["torch"].split("+")[0], config["commit"] or "",
+        gpu or torch.cpu.get_capabilities()["cpu_name"], machine["threads"],
+        machine["precision"], config["versions"]["torch"].split("+")[0], config["commit"] or "",
         os.environ.get("NOTE", "")), strict=True))
     shutil.copy(out / "log.csv", results / "logs" / f"{out.name}.csv")
 with open(results / "runs.csv", "w", newline="") as file:
