@@ -370,23 +370,27 @@ class Run:
         return len(self.log)
 
     def begin(self, checkpoint: dict | None, steps: int) -> None:
-        """Restore the run from its checkpoint, if there is one. Write a checkpoint, so that the run
-        can be resumed from now on, with these settings. Print what is about to run.
+        """Restore the run from its checkpoint, if there is one, and write a checkpoint, so that the
+        run can be resumed from now on, with these settings.
 
         steps: optimizer steps per epoch. Raises BadInput if the checkpoint does not fit.
         """
-        settings, machine, model = self.settings, self.machine, self.modules["model"]
         self.row_began = time.perf_counter()
         if checkpoint:
             self.restore(checkpoint)
-        if not machine.main:
-            return
-        self.save()
-        with data.note_if_it_fails():
-            write_log(self.out / "log.csv", self.log)
-            write_config(self.out / "config.json", self.saved_settings(), machine)
+        if self.machine.main:
+            self.save()
+            with data.note_if_it_fails():
+                write_log(self.out / "log.csv", self.log)
+                write_config(self.out / "config.json", self.saved_settings(), self.machine)
+            self.print_header(steps)
+
+    def print_header(self, steps: int) -> None:
+        """Print what is about to run. steps: optimizer steps per epoch."""
+        settings, machine, model = self.settings, self.machine, self.modules["model"]
         (train, test), init = self.dataset.counts(), getattr(settings, "init", None)
-        start = f"encoder from {init}" if init else "from scratch"
+        start = (f"resumed after epoch {self.epoch}" if self.log else
+                 f"encoder from {init}" if init else "from scratch")
         compiled = ", compiled" if machine.compile else ""
         resume = shell_line("python", data.PROGRAMS[self.kind], "--resume", settings.out)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -394,8 +398,7 @@ class Run:
               f"machine    {machine.device}, {machine.precision}{compiled}, "
               f"threads: {torch.get_num_threads()}, processes: {machine.processes}\n"
               f"data       {self.dataset.title}: {train:,} training and {test:,} test images\n"
-              f"model      {type(model).__name__} of {parameters:,} parameters, "
-              f"{f'resumed after epoch {self.epoch}' if checkpoint else start}\n"
+              f"model      {type(model).__name__} of {parameters:,} parameters, {start}\n"
               f"run        {self.out}; if it is stopped: {resume}")
         if self.epoch >= settings.epochs:
             print(f"finished   all {self.epoch} epochs are done; a larger --epochs goes on")
@@ -411,8 +414,8 @@ class Run:
             images, before = checkpoint["images"], checkpoint["machine"]
             for key, module in self.modules.items():
                 module.load_state_dict(checkpoint[key])
-            for one, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
-                one.load_state_dict(state)
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             self.log = checkpoint["log"]
             changes = [f"{key} {before[key]} -> {value}"
                        for key, value in self.machine.describe().items() if value != before[key]]
