@@ -48,8 +48,10 @@ def flag(default, help: str, **options):
     """A setting: its default, and the help and options of its flag."""
     if type(default) is bool:
         options["action"] = argparse.BooleanOptionalAction  # --flag and --no-flag
-    elif type(default) in (int, float):
+    elif type(default) is int:
         options = dict(type=COUNT, metavar="N") | options   # at least 1
+    elif type(default) is float:
+        options = dict(metavar="X") | options
     return dataclasses.field(default=default, metadata=dict(options, help=help))
 
 
@@ -268,21 +270,18 @@ def make_optimizers(model: nn.Module, settings: Settings, machine: "Machine",
     only for matrices (2) and the patch embedding (4). lr_scale(name) is the factor of a parameter's
     learning rate, which is set at every step.
     """
-    adamw, muon = {}, {}                                    # (decay, scale) -> parameters
+    adamw, muon = {}, {}                                    # (decay, scale) -> parameter group
     for name, parameter in model.named_parameters():
         in_block = "blocks." in name and parameter.ndim == 2
         groups = muon if settings.optimizer == "muon" and in_block else adamw
-        decay = settings.weight_decay if parameter.ndim in (2, 4) else 0.0
-        groups.setdefault((decay, lr_scale(name)), []).append(parameter)
-
-    def as_groups(by_factors: dict[tuple, list]) -> list[dict]:
-        return [{"params": parameters, "weight_decay": decay, "lr_scale": scale}
-                for (decay, scale), parameters in by_factors.items()]
-
-    optimizers = [torch.optim.AdamW(as_groups(adamw), lr=0.0, betas=betas, fused=True)]
+        decay, scale = settings.weight_decay if parameter.ndim in (2, 4) else 0.0, lr_scale(name)
+        group = groups.setdefault((decay, scale), dict(params=[], weight_decay=decay,
+                                                       lr_scale=scale))
+        group["params"].append(parameter)
+    optimizers = [torch.optim.AdamW([*adamw.values()], lr=0.0, betas=betas, fused=True)]
     if muon:
         dtype = torch.bfloat16 if machine.precision == "bf16" else torch.float32
-        optimizers.append(Muon(as_groups(muon), dtype))
+        optimizers.append(Muon([*muon.values()], dtype))
     return optimizers
 
 
