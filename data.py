@@ -2,9 +2,8 @@
 
 Input: the name of a data set and a folder. Output: a `Dataset`, which holds the images for training
 and those for testing, each uint8 (n, 3, H, W), and their labels, int64 (n,). Flips, crops, color
-jitter and scaling are operations on whole batches, on the device where the tensors are. In this
-order: data sets, batches, checkpoints, `shapes`, and then the plumbing: own pictures, download,
-files and errors, command line.
+jitter and scaling are operations on whole batches, on the device where the tensors are. The
+plumbing (own pictures, download, files and errors, command line) comes last.
 
 CIFAR-10 and CIFAR-100: Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images. The
 binary format is described at https://www.cs.toronto.edu/~kriz/cifar.html.
@@ -135,19 +134,17 @@ NO_CIFAR = """
   CIFAR-10 IS NOT HERE AND COULD NOT BE DOWNLOADED: THIS RUN USES THE DRAWN `shapes` INSTEAD.
   {reason}
   Its numbers say nothing about CIFAR-10. For the real data set see "Help" in the README.
-{line}
-"""
+{line}"""
 
 
 def load_dataset(name: str, data_dir: Path | str, image_size: int = SIDE,
                  classes: list[str] | None = None) -> Dataset:
-    """Read a data set. CIFAR is downloaded first if it is not in `data_dir`.
+    """Read a data set. CIFAR is downloaded first if it is not in `data_dir`. Raises BadInput.
 
     name: one of DATASETS, or "auto": CIFAR-10 if it is there or can be downloaded, or else
     `shapes`, with a warning. image_size: the side in pixels to which the pictures of a folder are
     resized; the other data sets have 32. classes: those of a trained classifier, if only the test
-    images are needed; of a folder the training pictures are then not read. Raises BadInput.
-    """
+    images are needed; the training pictures of a folder are then not read."""
     data_dir = Path(data_dir)
     if name == "folder":
         return load_folder(data_dir, image_size, classes)
@@ -253,10 +250,8 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4)
 def color_jitter(images: Tensor, generator: torch.Generator, strength: float = 0.4) -> Tensor:
     """Random saturation, contrast and brightness, after Chen et al. 2020, arXiv 2002.05709,
     appendix A, who also change the hue. Three factors per image, from 1 - strength to 1 + strength,
-    multiply the distance of each color from its own gray, from the image's mean and from black.
-
-    images uint8 (B, 3, H, W) -> the same shape, as floats, 0..255.
-    """
+    multiply the distance of each color from its own gray, from the image's mean and from black:
+    images uint8 (B, 3, H, W) -> the same shape, as floats, 0..255."""
     def factor() -> Tensor:                                 # (B, 1, 1, 1)
         uniform = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
         return 1 + strength * (2 * uniform - 1)
@@ -275,20 +270,19 @@ def mixup_or_cutmix(images: Tensor, labels: Tensor,
     each with probability 1/2: an image is blended with the previous one of the batch, or a box of
     that one is pasted into it. Its label is mixed in the same proportion.
 
-    images (B, 3, H, W) of 0..255, labels (B, classes) as probabilities -> both mixed, as floats.
-    The proportion is uniform, Beta(1, 1) in the papers.
-    """
+    images (B, 3, H, W) of 0..255, labels (B, classes) as probabilities -> both mixed, as floats."""
     B, _, H, W = images.shape
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, device=images.device)
 
+    lam = uniform(B, 1)                     # the image's own share; Beta(1, 1) in the papers
+    half_side = (1 - lam).sqrt() / 2                        # of the box, whose area is 1 - lam
+
     def near_random_center(length: int) -> Tensor:          # (B, length)
         places = torch.arange(length, device=images.device) + 0.5
         return (places - uniform(B, 1) * length).abs() < half_side * length
 
-    lam = uniform(B, 1)                                     # lambda: the image's own share
-    half_side = (1 - lam).sqrt() / 2                        # of the box, whose area is 1 - lam
     rows_in_box, columns_in_box = near_random_center(H), near_random_center(W)
     box = rows_in_box[:, :, None] & columns_in_box[:, None, :]                      # (B, H, W)
     weight = torch.where(uniform(B, 1, 1) < 0.5, lam[:, :, None], 1.0 - box.float())
@@ -440,11 +434,9 @@ warnings.filterwarnings("ignore", module="PIL")             # about unusual meta
 
 def load_folder(folder: Path, image_size: int, known: list[str] | None) -> Dataset:
     """Pictures of any size in train/CLASS/ and in val/CLASS/ or test/CLASS/, cut square and
-    resized. Without class folders, those in train/ itself have no labels.
-
-    known: the classes of a classifier, if only the test images are needed. Then train/ may be
-    missing, and its pictures are not read. A note counts the files left out.
-    """
+    resized. Without class folders, those in train/ itself have no labels. A note counts the files
+    left out. known: the classes of a classifier, if only the test images are needed. Then train/
+    may be missing, and its pictures are not read."""
     train, *tests = [find_files(folder / part) for part in ("train", "val", "test")]
     classes = choose_classes(train, tests, known)
     names = classes or [""]                                 # "": the files in train/ itself
@@ -493,8 +485,7 @@ def split_files(folder: Path, train: dict, tests: list[dict], names: list[str]) 
     if not any(held_out.get(name) for name in names):
         raise BadInput(f"there are too few pictures in {folder / 'train'}: put at least two of "
                        "each class into train/CLASS, or name another folder with --data-dir")
-    note(f"val and test in {folder} have no pictures of the classes of train: a tenth of train is "
-         "held out for testing")
+    note(f"{folder} has no test pictures of the classes: a tenth of train is held out for testing")
     return [{name: [file for i, file in enumerate(files) if i % 10 != 1]
              for name, files in train.items()}, held_out]
 
@@ -766,10 +757,9 @@ class Progress:
     def advance(self, count: int = 1) -> bool:
         """Count what is done. Returns whether it is time to show the line."""
         self.done += count
-        on_terminal = sys.stderr.isatty()
-        if self.done == self.total and on_terminal:
+        if self.done == self.total and sys.stderr.isatty():
             tell("\x1b[K", end="", flush=True)              # erase the line
-        due = time.perf_counter() - self.shown > (0.5 if on_terminal else 30)
+        due = time.perf_counter() - self.shown > (0.5 if sys.stderr.isatty() else 30)
         return due and self.done < self.total
 
     def show(self, text: str) -> None:
