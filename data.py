@@ -2,9 +2,8 @@
 
 Input: the name of a data set and a folder. Output: a `Dataset`, which holds the images for training
 and those for testing, each uint8 (n, 3, H, W), and their labels, int64 (n,). Flips, crops, color
-jitter and scaling are operations on whole batches, on the device where the tensors are. In this
-order: data sets, batches, checkpoints, `shapes`, own pictures, and then the plumbing: download,
-files and errors, command line.
+jitter and scaling are operations on whole batches, on the device where the tensors are. The
+plumbing (own pictures, download, files and errors, command line) comes last.
 
 CIFAR-10 and CIFAR-100: Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images. The
 binary format is described at https://www.cs.toronto.edu/~kriz/cifar.html.
@@ -123,10 +122,10 @@ class Dataset:
         labels, by_class = self.train_labels.tolist(), [[] for _ in self.classes]
         for i in torch.randperm(len(labels), generator=seeded_generator("cpu", seed)).tolist():
             by_class[labels[i]].append(i)
-        for title, ids in zip(self.classes, by_class):
+        for name, ids in zip(self.classes, by_class):
             if len(ids) < per_class:
                 raise BadInput(f"--labels-per-class {per_class}: only {len(ids)} of the "
-                               f"{len(labels):,} training images in use are of class {title}")
+                               f"{len(labels):,} training images in use are of class {name}")
         return self.subset(torch.tensor(sorted(i for ids in by_class for i in ids[:per_class])))
 
 
@@ -135,19 +134,17 @@ NO_CIFAR = """
   CIFAR-10 IS NOT HERE AND COULD NOT BE DOWNLOADED: THIS RUN USES THE DRAWN `shapes` INSTEAD.
   {reason}
   Its numbers say nothing about CIFAR-10. For the real data set see "Help" in the README.
-{line}
-"""
+{line}"""
 
 
 def load_dataset(name: str, data_dir: Path | str, image_size: int = SIDE,
                  classes: list[str] | None = None) -> Dataset:
-    """Read a data set. CIFAR is downloaded first if it is not in `data_dir`.
+    """Read a data set. CIFAR is downloaded first if it is not in `data_dir`. Raises BadInput.
 
     name: one of DATASETS, or "auto": CIFAR-10 if it is there or can be downloaded, or else
     `shapes`, with a warning. image_size: the side in pixels to which the pictures of a folder are
     resized; the other data sets have 32. classes: those of a trained classifier, if only the test
-    images are needed; of a folder the training pictures are then not read. Raises BadInput.
-    """
+    images are needed; the training pictures of a folder are then not read."""
     data_dir = Path(data_dir)
     if name == "folder":
         return load_folder(data_dir, image_size, classes)
@@ -161,7 +158,7 @@ def load_dataset(name: str, data_dir: Path | str, image_size: int = SIDE,
     except DownloadFailed as failure:
         if name != "auto":
             raise
-        print(NO_CIFAR.format(line="!" * 90, reason=failure), file=sys.stderr)
+        tell(NO_CIFAR.format(line="!" * 90, reason=failure))
         return make_shapes()
 
 
@@ -171,41 +168,35 @@ def load_cifar(name: str, data_dir: Path) -> Dataset:
     folder = data_dir / source.folder
     if not folder.exists():
         download(source, data_dir)
-    return Dataset(name, source.title, read_class_names(folder, source),
-                   *parse_files(folder, source.train, source),
-                   *parse_files(folder, source.test, source))
+
+    def read(names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        images, labels = zip(*(parse_records(folder / name, source) for name in names))
+        return torch.cat(images), torch.cat(labels)
+
+    return Dataset(name, source.title, read_class_names(folder, source), *read(source.train),
+                   *read(source.test))
 
 
-def parse_files(folder: Path, names: tuple[str, ...], source: Source) -> tuple[Tensor, Tensor]:
-    """The records of several files, in order: images (n, 3, 32, 32), labels (n,)."""
-    images, labels = zip(*(parse_records(folder / name, source) for name in names))
-    return (torch.from_numpy(np.concatenate(images)),
-            torch.from_numpy(np.concatenate(labels)).long())
-
-
-def parse_records(path: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """A binary file -> pixels uint8 (n, 3, 32, 32), labels uint8 (n,).
-
-    A record is 1 label byte (CIFAR-100: 2, coarse and fine) and then the pixels, channel by
-    channel, row by row. Raises BadInput if the file is missing or is not made of such records.
-    """
+def parse_records(path: Path, source: Source) -> tuple[Tensor, Tensor]:
+    """A binary file -> images uint8 (n, 3, 32, 32), labels int64 (n,). A record is 1 label byte
+    (CIFAR-100: 2, coarse and fine) and then the pixels, channel by channel, row by row. Raises
+    BadInput if the file is missing or is not made of such records."""
     size = source.label_bytes + 3 * SIDE * SIDE
-    content = path.read_bytes() if path.exists() else b""
+    content = bytearray(path.read_bytes() if path.exists() else b"")
     count = len(content) // size
-    records = np.frombuffer(content, np.uint8, count * size).reshape(count, size)
-    labels = records[:, source.label_bytes - 1]             # (n,)
+    records = torch.from_numpy(np.frombuffer(content, np.uint8, count * size)).view(count, size)
+    labels = records[:, source.label_bytes - 1].long()      # (n,)
     if not count or len(content) % size or labels.max() >= source.num_classes:
         raise BadInput(f"{path} is missing or damaged: it is not made of {size:,}-byte records "
                        f"with labels from 0 to {source.num_classes - 1}; put the right file there, "
-                       f"or move {path.parent} away to get it anew")
+                       f"or move {path.parent} away to download it again")
     return records[:, source.label_bytes:].reshape(count, 3, SIDE, SIDE), labels
 
 
 def read_class_names(folder: Path, source: Source) -> list[str]:
     """The names of the classes, or their numbers if the file with the names is missing."""
     path = folder / source.class_names
-    text = path.read_text("utf-8", "replace") if path.exists() else ""
-    names = text.strip().splitlines()
+    names = path.read_text("utf-8", "replace").strip().splitlines() if path.exists() else []
     return names if len(names) == source.num_classes else list(map(str, range(source.num_classes)))
 
 
@@ -219,11 +210,9 @@ def seeded_generator(device: torch.device | str, *numbers: int) -> torch.Generat
 
 
 def epoch_order(count: int, batch_size: int, generator: torch.Generator) -> Tensor:
-    """Which images make up each batch of an epoch: (steps, batch_size).
-
-    Every image once, in random order. The last count % batch_size of that order do not fill a
-    batch and are left out. A set smaller than one batch is repeated until it fills one.
-    """
+    """Which images make up each batch of an epoch: (steps, batch_size). Every image once, in random
+    order. The last count % batch_size of that order do not fill a batch and are left out. A set
+    smaller than one batch is repeated until it fills one."""
     steps = max(1, count // batch_size)
     rounds = math.ceil(steps * batch_size / count)
     order = torch.cat([torch.randperm(count, generator=generator, device=generator.device)
@@ -236,12 +225,9 @@ AUGMENTATIONS = ("none", "flip", "crop", "color")
 
 def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4) -> Tensor:
     """Change images at random. kind: "none"; "flip"; "crop" for flips and shifted crops; "color"
-    for flips, shifted crops and color jitter.
-
-    images uint8 (B, 3, H, W) -> the same shape, as floats after color jitter. A crop shifts by up
-    to `pad` pixels in each direction and fills the margin with the mirror image. Flip and crop are
-    one indexing operation.
-    """
+    for flips, shifted crops and color jitter. images uint8 (B, 3, H, W) -> the same shape, as
+    floats after color jitter. A crop shifts by up to `pad` pixels in each direction and fills the
+    margin with the mirror image. Flip and crop are one indexing operation."""
     if kind == "none":
         return images
     B, _, H, W = images.shape
@@ -262,13 +248,10 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4)
 
 
 def color_jitter(images: Tensor, generator: torch.Generator, strength: float = 0.4) -> Tensor:
-    """Random saturation, contrast and brightness: three factors per image, from 1 - strength to
-    1 + strength, multiply the distance of each color from its own gray, then from the mean of the
-    image, then from black. After Chen et al. 2020, arXiv 2002.05709, appendix A, who also change
-    the hue.
-
-    images uint8 (B, 3, H, W) -> the same shape, as floats, 0..255.
-    """
+    """Random saturation, contrast and brightness, after Chen et al. 2020, arXiv 2002.05709,
+    appendix A, who also change the hue. Three factors per image, from 1 - strength to 1 + strength,
+    multiply the distance of each color from its own gray, from the image's mean and from black:
+    images uint8 (B, 3, H, W) -> the same shape, as floats, 0..255."""
     def factor() -> Tensor:                                 # (B, 1, 1, 1)
         uniform = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
         return 1 + strength * (2 * uniform - 1)
@@ -287,23 +270,23 @@ def mixup_or_cutmix(images: Tensor, labels: Tensor,
     each with probability 1/2: an image is blended with the previous one of the batch, or a box of
     that one is pasted into it. Its label is mixed in the same proportion.
 
-    images (B, 3, H, W) of 0..255, labels (B, classes) as probabilities -> both mixed, as floats.
-    The proportion is uniform, Beta(1, 1) in the papers.
-    """
+    images (B, 3, H, W) of 0..255, labels (B, classes) as probabilities -> both mixed, as floats."""
     B, _, H, W = images.shape
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, device=images.device)
 
-    def near_random_center(length: int, half: Tensor) -> Tensor:        # (B, length)
-        places = torch.arange(length, device=images.device) + 0.5
-        return (places - uniform(B, 1) * length).abs() < half * length
+    lam = uniform(B, 1)                     # the image's own share; Beta(1, 1) in the papers
+    half_side = (1 - lam).sqrt() / 2                        # of the box, whose area is 1 - lam
 
-    drawn = uniform(B, 1)                                   # the image's own share
-    half = (1 - drawn).sqrt() / 2                           # half a box's side; its area: 1 - drawn
-    box = near_random_center(H, half)[:, :, None] & near_random_center(W, half)[:, None, :]
-    weight = torch.where(uniform(B, 1, 1) < 0.5, drawn[:, :, None], 1.0 - box.float())  # (B, H, W)
-    share = weight.mean(dim=(1, 2))[:, None]                # not `drawn`: edges cut boxes off
+    def near_random_center(length: int) -> Tensor:          # (B, length)
+        places = torch.arange(length, device=images.device) + 0.5
+        return (places - uniform(B, 1) * length).abs() < half_side * length
+
+    rows_in_box, columns_in_box = near_random_center(H), near_random_center(W)
+    box = rows_in_box[:, :, None] & columns_in_box[:, None, :]                      # (B, H, W)
+    weight = torch.where(uniform(B, 1, 1) < 0.5, lam[:, :, None], 1.0 - box.float())
+    share = weight.mean(dim=(1, 2))[:, None]                # not `lam`: edges cut boxes off
     return (torch.lerp(images.roll(1, 0).float(), images.float(), weight[:, None]),
             torch.lerp(labels.roll(1, 0), labels, share))
 
@@ -357,18 +340,16 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
 
 
 def model_settings(model_class: type, settings: dict) -> dict:
-    """Those of the settings that are arguments of a class of models."""
+    """Those of the settings that are arguments of a class of models. Both use the same names, so a
+    new argument of a model needs only a flag of that name with the same default, which is also what
+    the models of older checkpoints have."""
     arguments = inspect.signature(model_class).parameters
     return {name: value for name, value in settings.items() if name in arguments}
 
 
 def build_model(kind: str, settings: dict, num_classes: int = 10) -> nn.Module:
     """A new MAEViT ("pretrain") or ViTClassifier ("classifier"), as the settings say. Raises
-    ValueError if they do not fit together.
-
-    An argument that the settings of an older checkpoint lack has the default of its class. So a new
-    argument and its flag need the same default: what the older models were.
-    """
+    ValueError if they do not fit together."""
     if kind == "pretrain":
         return mae.MAEViT(**model_settings(mae.MAEViT, settings))
     encoder = mae.Encoder(**model_settings(mae.Encoder, settings))
@@ -403,14 +384,12 @@ def make_shapes() -> Dataset:
 
 
 def draw_shapes(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Pictures of the shapes with these labels: (n,) -> uint8 (n, 3, 32, 32).
-
-    Place, size, rotation, colors, background and noise vary. Edges are anti-aliased.
-    """
+    """Images of the shapes with these labels: (n,) -> uint8 (n, 3, 32, 32). Place, size, rotation,
+    colors, background and noise vary. Edges are anti-aliased."""
     def uniform(low, high, *shape):
         return rng.uniform(low, high, (len(labels), *shape)).astype(np.float32)
 
-    def antialias(distance):    # from the edge, in units of the shape's size, to 0..1
+    def antialias(distance):    # 1 inside, 0 outside; distance: from the edge, in units of `size`
         return np.clip(distance * size + 0.5, 0, 1)
 
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)        # (32, 32) each, in pixels
@@ -421,27 +400,28 @@ def draw_shapes(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     radius, turn = np.hypot(u, v), np.arctan2(v, u)
     high, low = np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))
     distances = [                                           # positive inside, in order of SHAPES
-        1 - radius,
-        0.25 - abs(radius - 0.75),
-        0.8 - high,
-        0.2 - abs(high - 0.7),
-        0.5 - np.max([radius * np.cos(turn - k * 2 * np.pi / 3) for k in range(3)], 0),
-        np.minimum(0.27 - low, 1 - high),
-        0.65 + 0.35 * np.cos(5 * turn) - radius,
-        np.minimum(1 - radius, np.hypot(u - 0.5, v) - 0.75),
-        np.minimum(1 - abs(u), 0.25 - abs(v)),
-        np.minimum(abs(u) - abs(v), 0.9 - abs(u)),
+        1 - radius,                                         # disc
+        0.25 - abs(radius - 0.75),                          # ring
+        0.8 - high,                                         # square
+        0.2 - abs(high - 0.7),                              # frame
+        0.5 - np.max([radius * np.cos(turn - k * 2 * np.pi / 3) for k in range(3)], 0),  # triangle
+        np.minimum(0.27 - low, 1 - high),                   # plus
+        0.65 + 0.35 * np.cos(5 * turn) - radius,            # star
+        np.minimum(1 - radius, np.hypot(u - 0.5, v) - 0.75),                # crescent
+        np.minimum(1 - abs(u), 0.25 - abs(v)),              # bar
+        np.minimum(abs(u) - abs(v), 0.9 - abs(u)),          # bow
     ]
-    inside = np.choose(labels[:, None, None], [antialias(one) for one in distances])[:, None]
+    inside = np.choose(labels[:, None, None], antialias(np.array(distances)))[:, None]
     ramp = antialias(uniform(-1, 1, 1, 1) * (x - 16) / 16 + uniform(-1, 1, 1, 1) * (y - 16) / 16)
     near, far = uniform(0, 255, 3, 1, 1), uniform(0, 255, 3, 1, 1)
     ground = near + (far - near) * ramp[:, None]
     color = (ground.mean((2, 3), keepdims=True) + uniform(70, 185, 3, 1, 1)) % 255
-    picture = ground * (1 - inside) + color * inside       # (n, 3, 32, 32)
-    picture += rng.normal(size=picture.shape).astype(np.float32) * uniform(0, 12, 1, 1, 1)
-    return picture.clip(0, 255).astype(np.uint8)
+    images = ground * (1 - inside) + color * inside         # (n, 3, 32, 32)
+    images += rng.normal(size=images.shape).astype(np.float32) * uniform(0, 12, 1, 1, 1)
+    return images.clip(0, 255).astype(np.uint8)
 
 
+# ======================= plumbing: not needed to understand the method ========================
 # ------------------------------------------------------------------------------ own pictures
 
 KINDS = {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind in
@@ -449,44 +429,22 @@ KINDS = {suffix: kind for suffix, kind in Image.registered_extensions().items() 
 MAX_MEGAPIXELS = 100
 Image.MAX_IMAGE_PIXELS = None                               # MAX_MEGAPIXELS takes its place
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY      # long texts, color profiles
-warnings.filterwarnings("ignore", module="PIL")             # of odd metadata
+warnings.filterwarnings("ignore", module="PIL")             # about unusual metadata
 
 
 def load_folder(folder: Path, image_size: int, known: list[str] | None) -> Dataset:
     """Pictures of any size in train/CLASS/ and in val/CLASS/ or test/CLASS/, cut square and
-    resized. Without class folders, those in train/ itself have no labels.
-
-    The classes are the folders in train/ that hold pictures. The folder for testing is the first of
-    val/ and test/ with pictures of these classes; without one, a tenth of each class is held out.
-    known: the classes of a classifier, if only test images are needed. If train/ has no classes,
-    they take its place, unless the folder for testing has others. A note counts the files left out.
-    """
+    resized. Without class folders, those in train/ itself have no labels. A note counts the files
+    left out. known: the classes of a classifier, if only the test images are needed. Then train/
+    may be missing, and its pictures are not read."""
     train, *tests = [find_files(folder / part) for part in ("train", "val", "test")]
-    classes = sorted(filter(None, train))                   # without "" and None
-    if known and not classes:                               # train/ may be missing
-        found = sorted(filter(None, tests[0])) or sorted(filter(None, tests[1]))
-        classes = known if found and set(found) <= set(known) else found
-    names = classes or [""]
-    test = next((groups for groups in tests if groups.keys() & set(names)), None)
-    if test is None:                                        # hold out every tenth picture
-        test = {name: files[1::10] for name, files in train.items()}
-        train = {name: [file for i, file in enumerate(files) if i % 10 != 1]
-                 for name, files in train.items()}
-        tests.append(test)
-        if not any(test.get(name) for name in names):
-            raise BadInput(f"there are too few pictures in {folder / 'train'}: put at least two of "
-                           "each class into train/CLASS, or name another folder with --data-dir")
-        print(f"note: val and test in {folder} have no pictures of the classes of train: a tenth "
-              "of train is held out for testing", file=sys.stderr)
-    train = {} if known else train                          # only test images are needed
+    classes = choose_classes(train, tests, known)
+    names = classes or [""]                                 # "": the files in train/ itself
+    train, test = split_files(folder, train, tests, names)
+    train = {} if known else train
     train_images, train_labels, train_files = read_pictures(train, names, image_size)
     test_images, test_labels, test_files = read_pictures(test, names, image_size)
-    present = {file for groups in (train, *tests) for files in groups.values() for file in files}
-    left_out = present.difference(train_files, test_files)
-    if left_out:
-        print(f"note: {len(left_out):,} of {len(present):,} files in {folder} are left out: they "
-              "cannot be read as pictures or are not in the folder of a class, for example "
-              f"{min(left_out).relative_to(folder)}", file=sys.stderr)
+    note_left_out(folder, [train, test, *tests], train_files + test_files)
     return Dataset("folder", folder.resolve().name, classes, train_images, train_labels,
                    test_images, test_labels)
 
@@ -507,6 +465,41 @@ def find_files(folder: Path) -> dict[str | None, list[Path]]:
     return groups
 
 
+def choose_classes(train: dict, tests: list[dict], known: list[str] | None) -> list[str]:
+    """The class folders in train/, in order of their names. If there are none: the classes of the
+    classifier (`known`), or those of the folder for testing if it has others."""
+    in_train, *in_tests = (sorted(filter(None, files)) for files in (train, *tests))
+    if in_train or not known:                               # filter leaves "" and None out
+        return in_train
+    tested = next(filter(None, in_tests), [])
+    return known if tested and set(tested) <= set(known) else tested
+
+
+def split_files(folder: Path, train: dict, tests: list[dict], names: list[str]) -> list[dict]:
+    """The files for training and those for testing: the first of `tests` that has pictures of the
+    classes, or a tenth of each class in `train`. Raises BadInput if that leaves none."""
+    for test in tests:
+        if test.keys() & set(names):
+            return [train, test]
+    held_out = {name: files[1::10] for name, files in train.items()}
+    if not any(held_out.get(name) for name in names):
+        raise BadInput(f"there are too few pictures in {folder / 'train'}: put at least two of "
+                       "each class into train/CLASS, or name another folder with --data-dir")
+    note(f"{folder} has no test pictures of the classes: a tenth of train is held out for testing")
+    return [{name: [file for i, file in enumerate(files) if i % 10 != 1]
+             for name, files in train.items()}, held_out]
+
+
+def note_left_out(folder: Path, parts: list[dict], used: list[Path]) -> None:
+    """Say how many of the files in these parts of the folder are not used."""
+    present = {file for part in parts for files in part.values() for file in files}
+    left_out = present.difference(used)
+    if left_out:
+        note(f"{len(left_out):,} of {len(present):,} files in {folder} are left out: they cannot "
+             "be read as pictures or are not in the folder of a class, for example "
+             f"{min(left_out).relative_to(folder)}")
+
+
 def read_pictures(groups: dict, names: list[str], size: int) -> tuple[Tensor, Tensor, list[Path]]:
     """The pictures of these classes that can be read, in a shuffled order that is always the same:
     images uint8 (n, 3, size, size), labels (n,), files. Raises BadInput, OSError if none can."""
@@ -514,7 +507,7 @@ def read_pictures(groups: dict, names: list[str], size: int) -> tuple[Tensor, Te
     pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
     images, progress = np.empty((len(pairs), 3, size, size), np.uint8), Progress(len(pairs))
     if pairs:
-        print(f"reading {len(pairs):,} pictures of {size} x {size}", file=sys.stderr)
+        tell(f"reading {len(pairs):,} pictures of {size} x {size}")
 
     def read(pair: tuple[Path, int]) -> Tensor | None:
         with contextlib.suppress(BadInput, OSError):
@@ -529,18 +522,24 @@ def read_pictures(groups: dict, names: list[str], size: int) -> tuple[Tensor, Te
             if progress.advance():
                 progress.show("reading pictures")
     if pairs and not done:
-        read_image(pairs[0][0], size)
+        read_image(pairs[0][0], size)                       # raises the error of the first
     labels = torch.tensor([label for _, label in done], dtype=torch.long)
     return torch.from_numpy(images[:len(done)]), labels, [file for file, _ in done]
 
 
 def read_image(path: Path | str, size: int) -> Tensor:
-    """The middle square of an image file, upright and resized: uint8 (3, size, size).
+    """The middle square of an image file, resized: uint8 (3, size, size). Transparent pixels become
+    white. Raises what `open_image` raises."""
+    image = ImageOps.fit(open_image(path), (size, size), Image.Resampling.LANCZOS)
+    page = Image.new("RGBA", image.size, "white")
+    page.alpha_composite(image)
+    return torch.from_numpy(np.array(page.convert("RGB"))).permute(2, 0, 1)
 
-    Of an animation it is the first frame. 16 bits become 8; transparent pixels become white. Raises
-    BadInput if the file is not of one of the KINDS, is damaged, too large or has 32-bit values,
-    whose range is not known; OSError if it cannot be read.
-    """
+
+def open_image(path: Path | str) -> Image.Image:
+    """An image file, upright, as RGBA with 8 bits; of an animation the first frame. Raises BadInput
+    if the file is not of one of the KINDS, is damaged, too large or has 32-bit values, whose range
+    is not known; OSError if it cannot be read."""
     file, kinds = io.BytesIO(Path(path).read_bytes()), sorted(set(KINDS.values()))
     with damaged_if_it_fails(path):
         try:
@@ -552,21 +551,16 @@ def read_image(path: Path | str, size: int) -> Tensor:
         if megapixels > MAX_MEGAPIXELS:
             raise BadInput(f"the picture {path} is too large: it has {megapixels:.0f} megapixels, "
                            f"the limit is {MAX_MEGAPIXELS}")
-        deep = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
-        if image.mode in ("I", "F") and not deep:
+        has_16_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+        if image.mode in ("I", "F") and not has_16_bits:
             raise BadInput(f"the picture {path} has 32-bit values, whose range is not known: store "
                            "it with 8 or 16 bits")
         image = ImageOps.exif_transpose(image)
-        if deep:
+        if has_16_bits:                                     # 0..65535 -> 0..255
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-        image = image.convert("RGBA")
-    image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    page = Image.new("RGBA", image.size, "white")
-    page.alpha_composite(image)
-    return torch.from_numpy(np.array(page.convert("RGB"))).permute(2, 0, 1)
+        return image.convert("RGBA")
 
 
-# ======================= plumbing: not needed to understand the method ========================
 # ------------------------------------------------------------------------------ download
 
 
@@ -574,9 +568,10 @@ def download(source: Source, data_dir: Path) -> None:
     """Download, check and unpack an archive, in a temporary folder, and move the data set into
     place. Raises DownloadFailed, OSError."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=data_dir))
-    archive, advice = folder / "archive.tar.gz", f"try again, or unpack it into {data_dir}"
-    try:
+    advice = f"try again, or unpack it into {data_dir}"
+    with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=data_dir,
+                                     ignore_cleanup_errors=True) as folder:
+        archive = Path(folder, "archive.tar.gz")
         try:
             fetch(source.url, archive)
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -588,9 +583,7 @@ def download(source: Source, data_dir: Path) -> None:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
         if not (data_dir / source.folder).exists():         # or another program was faster
-            os.rename(folder / source.folder, data_dir / source.folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            os.rename(Path(folder, source.folder), data_dir / source.folder)
 
 
 def fetch(url: str, path: Path, timeout: float = 30) -> None:
@@ -682,7 +675,7 @@ def note_if_it_fails():
         yield
     except Exception as error:
         reason = one_line(error) or traceback.format_exc().strip()
-        print(f"note: {reason}; the run goes on", file=sys.stderr)
+        note(f"{reason}; the run goes on")
 
 
 @contextlib.contextmanager
@@ -709,13 +702,28 @@ def as_program():
 # ------------------------------------------------------------------------------ command line
 
 
+def tell(text: str, **options) -> None:
+    """Print on standard error, from the main process alone."""
+    if os.environ.get("RANK", "0") == "0":                  # set by torchrun
+        print(text, file=sys.stderr, **options)
+
+
+def note(text: str) -> None:
+    """One line on standard error, from the main process alone."""
+    tell(f"note: {text}")
+
+
+def shell_line(*words: str) -> str:
+    """A command to type, quoted as the system needs it."""
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
+
+
 def number(kind: type, low: float, high: float):
     """A type for argparse: a number from `low` to `high`."""
     def parse(text: str):
-        try:
+        value = math.nan
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
         if not low <= value <= high:
             name = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
@@ -760,17 +768,17 @@ class Progress:
     def advance(self, count: int = 1) -> bool:
         """Count what is done. Returns whether it is time to show the line."""
         self.done += count
-        if self.done == self.total and sys.stderr.isatty():     # erase the line
-            print("\x1b[K", end="", file=sys.stderr, flush=True)
-        return (time.perf_counter() - self.shown > (0.5 if sys.stderr.isatty() else 30)
-                and self.done < self.total)
+        if self.done == self.total and sys.stderr.isatty():
+            tell("\x1b[K", end="", flush=True)              # erase the line
+        due = time.perf_counter() - self.shown > (0.5 if sys.stderr.isatty() else 30)
+        return due and self.done < self.total
 
     def show(self, text: str) -> None:
         self.shown = time.perf_counter()
         text, end = f"{text}  {self.time_left()} left", "\n"
         if sys.stderr.isatty():                             # \x1b[K erases the rest of the line
             text, end = text[:shutil.get_terminal_size().columns - 1], "\x1b[K\r"
-        print(text, end=end, file=sys.stderr, flush=True)
+        tell(text, end=end, flush=True)
 
     def time_left(self) -> datetime.timedelta:
         """Estimated from the time per count so far."""

@@ -11,8 +11,8 @@ Input: a checkpoint and images, or the folder of a run. Output: a picture. In th
     embeddings    positions compared, patch filters         ViT, figure 7
     architecture  a batch on its way through the model      MAE, figure 1
 
-Each picture is one function, `draw_NAME(args)`, followed by its helpers. Then come the input, the
-toolkit that draws, and the program. A new picture needs its function and a line in `make_parser`.
+Each picture is one function, `draw_NAME(args)`, followed by its helpers. The plumbing comes last:
+input, layout, drawing, program. A new picture needs its function and a line in `make_parser`.
 MAE: He et al. 2021, arXiv 2111.06377. ViT: Dosovitskiy et al. 2020, arXiv 2010.11929.
 """
 import argparse
@@ -48,15 +48,15 @@ PALE, HIDDEN = (246, 248, 250), 195     # a background; the gray level of a mask
 
 def draw_reconstruct(args: argparse.Namespace) -> Image.Image:
     """Masked images, their reconstructions and the originals (MAE, figure 2)."""
-    given = load(args, "pretrain")
-    noise = random_noise(given.images, given.model, args.seed)
-    tiles, errors = reconstruct(given.model, given.images, noise, args.raw, args.mask_ratio)
-    for label, error in zip(given.labels, errors.tolist()):
+    inputs = load(args, "pretrain")
+    noise = random_noise(inputs.images, inputs.model, args.seed)
+    tiles, errors = reconstruct(inputs.model, inputs.images, noise, args.raw, args.mask_ratio)
+    for label, error in zip(inputs.labels, errors.tolist()):
         print(f"{label}: error {error:.4f}")
     print(f"mean error of the masked patches, pixels scaled to -1..1: {errors.mean():.4f}")
-    caption = given.caption + (f" · masked here: {args.mask_ratio:g}" if args.mask_ratio else "")
+    caption = inputs.caption + (f" · masked here: {args.mask_ratio:g}" if args.mask_ratio else "")
     caption += " · visible patches not pasted back" if args.raw else ""
-    return draw_triples(tiles, "Reconstructions", caption, errors, given.labels)
+    return draw_triples(tiles, "Reconstructions", caption, errors, inputs.labels)
 
 
 def random_noise(images: Tensor, model: mae.MAEViT, seed: int) -> Tensor:
@@ -84,10 +84,10 @@ def reconstruct(model: mae.MAEViT, images: Tensor, noise: Tensor, raw: bool = Fa
         raise BadInput(f"{error}: choose another ratio, or smaller patches") from None
     pred = to_pixels(model, pred.float(), patches)
     error = ((pred - patches).square().mean(dim=-1) * mask).sum(dim=1) / mask.sum(dim=1)   # (B,)
-    hidden = mask.unsqueeze(-1).bool()                      # (B, N, 1)
-    masked = patches.masked_fill(hidden, HIDDEN / 127.5 - 1)
-    filled = pred if raw else torch.where(hidden, pred, patches)
-    tiles = [data.unscale(mae.unpatchify(tile, p)) for tile in (masked, filled, patches)]
+    masked = mask.unsqueeze(-1).bool()                      # (B, N, 1)
+    grayed = patches.masked_fill(masked, HIDDEN / 127.5 - 1)
+    filled = pred if raw else torch.where(masked, pred, patches)
+    tiles = [data.unscale(mae.unpatchify(tile, p)) for tile in (grayed, filled, patches)]
     return torch.stack(tiles, dim=1).cpu(), error.cpu()
 
 
@@ -103,22 +103,22 @@ def draw_triples(tiles: Tensor, title: str, caption: str, errors=(), labels=()) 
     notes, groups = [f"error {error:.4f}" for error in errors], []
     for start in range(across):
         masked, filled, original = tiles[start::across].unbind(dim=1)
-        groups.append([column("masked", masked),
-                       column("reconstruction", filled, notes[start::across]),
-                       column("original", original, labels[start::across])])
+        groups.append([("masked", masked, []),
+                       ("reconstruction", filled, notes[start::across]),
+                       ("original", original, labels[start::across])])
     return draw_grid(groups, title, caption)
 
 
 def draw_ratios(args: argparse.Namespace) -> Image.Image:
     """One row per image, with more and more of it masked (MAE, figure 4)."""
-    given = load(args, "pretrain")
-    noise = random_noise(given.images, given.model, args.seed)      # the same for all ratios
-    groups = [[column("original", given.images, given.labels)]]
+    inputs = load(args, "pretrain")
+    noise = random_noise(inputs.images, inputs.model, args.seed)      # the same for all ratios
+    groups = [[("original", inputs.images, inputs.labels)]]
     for ratio in (0.5, 0.75, 0.85, 0.95):
-        tiles, errors = reconstruct(given.model, given.images, noise, mask_ratio=ratio)
-        groups.append([column(f"{100 * ratio:g} % masked", tiles[:, 0]),
-                       column("reconstruction", tiles[:, 1], [f"error {e:.4f}" for e in errors])])
-    return draw_grid(groups, "How much can be hidden?", given.caption)
+        tiles, errors = reconstruct(inputs.model, inputs.images, noise, mask_ratio=ratio)
+        groups.append([(f"{100 * ratio:g} % masked", tiles[:, 0], []),
+                       ("reconstruction", tiles[:, 1], [f"error {e:.4f}" for e in errors])])
+    return draw_grid(groups, "How much can be hidden?", inputs.caption)
 
 
 def draw_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
@@ -133,19 +133,17 @@ def draw_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
         return [draw_triples(epochs[epoch], f"Reconstructions after epoch {epoch}", caption)
                 for epoch in shown]
     masked, _, original = epochs[shown[-1]].unbind(dim=1)   # (B, 3, H, W) each
-    filled = [column(f"epoch {epoch}" if epoch else "untrained", epochs[epoch][:, 1])
+    filled = [(f"epoch {epoch}" if epoch else "untrained", epochs[epoch][:, 1], [])
               for epoch in shown]
-    return draw_grid([[column("masked", masked)], filled, [column("original", original)]],
+    return draw_grid([[("masked", masked, [])], filled, [("original", original, [])]],
                      "Reconstructions as pre-training goes on", caption)
 
 
 def save_epoch(folder: Path, epoch: int, model: mae.MAEViT, images: Tensor, noise: Tensor,
                caption: str) -> None:
     """Write the reconstructions after an epoch (0: before training): a picture, epoch-0001.png, and
-    its tiles as an array, epoch-0001.npy, from which `timeline` draws. Raises OSError.
-
-    images: uint8 (B, 3, H, W); noise: (B, N); caption: data set and run.
-    """
+    its tiles as an array, epoch-0001.npy, from which `timeline` draws. images: uint8 (B, 3, H, W);
+    noise: (B, N); caption: data set and run. Raises OSError."""
     tiles, errors = reconstruct(model, images, noise)
     array = io.BytesIO()
     np.save(array, tiles.numpy())
@@ -157,52 +155,30 @@ def save_epoch(folder: Path, epoch: int, model: mae.MAEViT, images: Tensor, nois
 
 # ------------------------------------------------------------------------------ predictions
 
-PORTRAIT, CARD = 192, 520       # pixels: the width of an image, and of an image with its bars
-TRUE, WRONG, OTHER = (160, 205, 236), (248, 184, 140), FAINT        # colors of bars
-
-
 @torch.no_grad()
 def draw_predict(args: argparse.Namespace) -> Image.Image:
     """Which class is it? The most probable classes of each image, at most five."""
-    given = load(args, "classifier")
-    classes, n = given.checkpoint["classes"], len(given.labels)
-    probabilities = given.model(data.scale(given.images)).softmax(dim=1)    # (n, classes)
+    inputs = load(args, "classifier")
+    classes = inputs.checkpoint["classes"]
+    probabilities = inputs.model(data.scale(inputs.images)).softmax(dim=1)  # (n, classes)
     values, ids = probabilities.topk(min(5, len(classes)))  # (n, at most 5) each
-    wrong = [truth not in ("", classes[best]) for truth, best in zip(given.truths, ids[:, 0])]
-    right = f" · {n - sum(wrong)} of {n} right · blue: true class, orange: wrong prediction"
-    rows = math.ceil(n / 3)
-    across, step, pitch = math.ceil(n / rows), CARD + 40, PORTRAIT + 28
-    sheet = Sheet(2 * MARGIN - 40 + across * step, rows * pitch - 20, "Predictions",
-                  given.caption + (right if any(given.truths) else ""))
-    for i, (image, label, truth) in enumerate(zip(given.images, given.labels, given.truths)):
-        guesses = [(classes[j], value) for j, value in zip(ids[i], values[i].tolist())]
-        text = ", ".join(f"{name} {100 * value:.1f} %" for name, value in guesses)
-        print(f"{label}: {text}{' (wrong)' if wrong[i] else ''}")
-        x, y = MARGIN + i % across * step, sheet.top + 8 + i // across * pitch
-        sheet.tile(x, y, image, PORTRAIT)
-        draw_bars(sheet, x + PORTRAIT + 20, y, label, guesses, truth or guesses[0][0])
-    return sheet.picture()
-
-
-def draw_bars(sheet: "Sheet", x: int, y: int, heading: str, guesses: list[tuple[str, float]],
-              truth: str) -> None:
-    """A heading, and bars for classes and their probabilities, the largest first."""
-    width = CARD - PORTRAIT - 20
-    sheet.text(x, y + 12, heading, anchor="lm", fit=width)
-    for i, (name, value) in enumerate(guesses):
-        top = y + 36 + 32 * i
-        color = TRUE if name == truth else WRONG if i == 0 else OTHER
-        sheet.box(x, top, width, 28, fill=PALE)
-        sheet.box(x, top, round(width * value), 28, fill=color)
-        sheet.text(x + 8, top + 14, name, anchor="lm", fit=width - 106)
-        sheet.text(x + width - 8, top + 14, f"{100 * value:.1f} %", anchor="rm")
+    guesses = [[(classes[j], value) for j, value in zip(*best)]
+               for best in zip(ids.tolist(), values.tolist())]
+    wrong = [truth not in ("", best[0][0]) for truth, best in zip(inputs.truths, guesses)]
+    for label, best, is_wrong in zip(inputs.labels, guesses, wrong):
+        text = ", ".join(f"{name} {100 * value:.1f} %" for name, value in best)
+        print(f"{label}: {text}{' (wrong)' if is_wrong else ''}")
+    caption = inputs.caption
+    if any(inputs.truths):
+        caption += f" · {wrong.count(False)} of {len(wrong)} right"
+        caption += " · blue: true class, orange: wrong prediction"
+    return draw_cards(inputs, guesses, caption)
 
 
 # ------------------------------------------------------------------------------ curves
 
 COLORS = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233),
           (230, 159, 0), (0, 0, 0), (150, 150, 150)]    # Okabe and Ito's, safe for the color-blind
-LARGEST = 1e99                  # what is larger cannot be drawn: sums would overflow
 THICK, THIN = 4, 2              # pixels: lines of the test set and of the training set
 PANELS = {      # title: columns of log.csv, line widths; a run without the first has no curve there
     "reconstruction loss (mean squared error)": {"loss": THIN, "test_loss": THICK},
@@ -224,75 +200,6 @@ def draw_curves(args: argparse.Namespace) -> Image.Image:
     return plot_curves(runs)
 
 
-def plot_curves(runs: dict[str, list[dict]], caption: str = "") -> Image.Image:
-    """The panels of runs. runs: for each label in the legend, the rows of log.csv as dicts of
-    numbers, at least one. Raises BadInput if there are more runs than colors."""
-    if len(runs) > len(COLORS):
-        raise BadInput(f"{len(runs)} runs are too many for one picture: give at most {len(COLORS)}")
-    panels = {}                                             # title: lines
-    for title, columns in PANELS.items():
-        for rows, color in zip(runs.values(), COLORS):
-            if any(next(iter(columns)) in row for row in rows):
-                for name, width in columns.items():
-                    points = np.array([(row["epoch"], row.get(name, math.nan)) for row in rows])
-                    panels.setdefault(title, []).append((*points.T, color, width))
-    across, room, height = len(panels) if len(panels) < 4 else 2, WIDTH - 2 * MARGIN, 460
-    entries = 3 if len(runs) > 2 else 2                     # of the legend, in a line
-    legend = 38 * math.ceil(len(runs) / entries) + 16       # height
-    sheet = Sheet(WIDTH, legend + height * math.ceil(len(panels) / across), "Training curves",
-                  f"{caption} · thick: test, thin: train".removeprefix(" · "))
-    for i, (label, color) in enumerate(zip(runs, COLORS)):
-        left, y = MARGIN + i % entries * room // entries, sheet.top + 18 + i // entries * 38
-        sheet.line([(left, y), (left + 52, y)], color, THICK)
-        sheet.text(left + 64, y, label, anchor="lm", fit=room // entries - 84)
-    for i, (title, lines) in enumerate(panels.items()):
-        left, top = MARGIN + i % across * room // across, sheet.top + legend + i // across * height
-        draw_panel(sheet, (left, top, left + room // across, top + height), title, lines)
-    return sheet.picture()
-
-
-def draw_panel(sheet: "Sheet", box: tuple, title: str, lines: list[tuple]) -> None:
-    """Axes and curves in the box (left, top, right, bottom). lines: (epochs (n,), values (n,),
-    color, width); values that are not finite are gaps."""
-    left, top, right, bottom = box[0] + 108, box[1] + 44, box[2] - 16, box[3] - 80
-    sheet.text(left, box[1] + 32, title, anchor="ls", fit=right - left)
-    sheet.text((left + right) / 2, bottom + 46, "epoch", GRAY, "ma")
-    values = np.concatenate([ys[abs(ys) < LARGEST] for _, ys, _, _ in lines])
-    x1 = 1.02 * max(1, *(xs.max() for xs, _, _, _ in lines))        # from 0
-    y0, y1 = (values.min(), values.max()) if len(values) else (0, 1)
-    pad = max(0.08 * (y1 - y0), 0.01 * max(abs(y0), abs(y1))) or 0.05
-    y0, y1 = y0 - pad if y0 < 0 else max(y0 - pad, 0), y1 + pad
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return left + x / x1 * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
-
-    for value, label in ticks(y0, y1):
-        y = round(place(0, value)[1])
-        sheet.line([(left, y), (right, y)], FAINT)
-        sheet.text(left - 10, y, label, GRAY, "rm", fit=98)
-    for value, _ in ticks(0, x1):
-        if value == round(value):                           # there is no half of an epoch
-            x = round(place(value, y0)[0])
-            sheet.line([(x, bottom), (x, bottom + 8)], GRAY)
-            sheet.text(x, bottom + 12, f"{value:g}", GRAY, "ma")
-    sheet.line([(left, top), (left, bottom), (right, bottom)], GRAY)
-    for xs, ys, color, width in lines:
-        known = np.flatnonzero(abs(ys) < LARGEST)
-        for part in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1):
-            if len(part):
-                sheet.line([place(xs[i], ys[i]) for i in part], color, width)
-
-
-def ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """About six round numbers from low to high, and their labels."""
-    step = 10.0 ** math.floor(math.log10((high - low) / 6))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 6)
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    form = f".{decimals}f" if decimals < 6 and step < 1e5 else ".1e"
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [(i * step, f"{i * step:{form}}") for i in range(first, last + 1)]
-
-
 # ------------------------------------------------------------------------------ inside a model
 
 
@@ -300,8 +207,8 @@ def ticks(low: float, high: float) -> list[tuple[float, str]]:
 def draw_attention(args: argparse.Namespace) -> Image.Image:
     """Where the class token or a patch looks, head by head (ViT, section 4.5).
     Each map is scaled by its own largest weight. The weight on the class token is left out."""
-    given, patch = load(args), args.patch
-    model, images, caption = given.model, given.images, given.caption
+    inputs, patch = load(args), args.patch
+    model, images, caption = inputs.model, inputs.images, inputs.caption
     encoder = getattr(model, "encoder", model)              # a classifier is an encoder
     p, side = encoder.patch_size, encoder.image_size // encoder.patch_size
     if patch and (len(patch) != 2 or max(patch) >= side):
@@ -317,9 +224,9 @@ def draw_attention(args: argparse.Namespace) -> Image.Image:
     gray = images.float().mean(dim=1)[:, None, None]                        # (B, 1, 1, H, W)
     overlaid = (0.35 * gray + 0.65 * colors).round().to(torch.uint8)
     *heads, mean = overlaid.unbind(dim=1)                                   # (B, 3, H, W) each
-    groups = [[column("image", images, given.labels)],
-              [column(f"head {i + 1}", head) for i, head in enumerate(heads)],
-              [column("mean", mean)]]
+    groups = [[("image", images, inputs.labels)],
+              [(f"head {i + 1}", head, []) for i, head in enumerate(heads)],
+              [("mean", mean, [])]]
     caption += f" · block {block} of {encoder.depth} · nothing masked"
     if getattr(model, "pool", None) == "mean" and not patch:
         caption += " · its head reads the patches, not this token"
@@ -346,125 +253,99 @@ def draw_embeddings(args: argparse.Namespace) -> Image.Image:
         similarity = (embedding @ embedding.T).view(side, side, side, side)
         similarity = similarity[::every, ::every].flatten(0, 1)         # (maps, side, side)
         maps = mosaic(heat((similarity + 1) / 2), size)
-        groups.append([column(f"position embeddings of the {name}", maps[None])])
+        groups.append([(f"position embeddings of the {name}", maps[None], [])])
     filters = encoder.patch_embed.proj.weight               # (D, 3, p, p)
     count = min(14, math.isqrt(encoder.dim)) ** 2           # the largest, as many as fill a square
     filters = filters[filters.flatten(1).norm(dim=1).argsort(descending=True)[:count]]
     filters = filters / filters.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-9)
-    groups.append([column(f"{count} of {encoder.dim} patch filters",
-                          mosaic(data.unscale(filters), size)[None])])
+    groups.append([(f"{count} of {encoder.dim} patch filters",
+                    mosaic(data.unscale(filters), size)[None], [])])
     return draw_grid(groups, "Position embeddings and patch filters", caption,
                      "each map: cosine similarity of its position with all others, -1 to 1")
 
 
 # ------------------------------------------------------------------------------ architecture
 
-STAGE = 224                     # pixels: the side of a picture in the figure
 ORANGE = torch.tensor([230, 120, 0], dtype=torch.uint8)[:, None, None]          # class token
 SLATE = torch.tensor([150, 172, 205], dtype=torch.uint8)[:, None, None]         # mask tokens
 
 
 def draw_architecture(args: argparse.Namespace) -> Image.Image:
     """An image on its way through the model, with the shapes of a batch (MAE, figure 1)."""
-    given = load(args, "pretrain")
-    noise = random_noise(given.images[:1], given.model, args.seed)
-    stages = make_stages(given.model, given.images[0], noise)
-    return draw_flow(stages, "A masked autoencoder, step by step", given.caption)
+    inputs = load(args, "pretrain")
+    noise = random_noise(inputs.images[:1], inputs.model, args.seed)
+    stages = make_stages(inputs.model, inputs.images[0], noise)
+    return draw_flow(stages, "A masked autoencoder, step by step", inputs.caption)
 
 
 @torch.no_grad()
 def make_stages(model: mae.MAEViT, image: Tensor, noise: Tensor) -> list[tuple]:
     """The stages for `draw_flow` of an image, uint8 (3, H, W), with noise (1, N). The tensors are
-    those that the model itself computes, caught by hooks on its modules."""
+    those that the model itself computes."""
     images, p = data.scale(image[None]), model.encoder.patch_size       # (1, 3, H, W)
-    seen = {}                                               # by module: (its inputs, its output)
-    for name, module in model.named_modules():
-        module.register_forward_hook(lambda *call, name=name: seen.update({name: call[1:]}))
-    loss, pred, mask = model(images, noise)                 # (), (1, N, 3*p*p), (1, N)
-    (tokens, *_), (visible, ids_restore, _) = seen["shuffle"]   # (1, N, D), (1, K, D), (1, N)
-    _, latent = seen["encoder"]                             # (1, 1 + K, D)
-    (filled,), _ = seen["decoder.blocks.0"]                 # (1, 1 + N, D')
+    (loss, pred, mask), calls = record_calls(model, images, noise)      # pred (1, N, 3*p*p)
+    (tokens, *_), (visible, ids_restore, _) = calls["shuffle"]  # (1, N, D), (1, K, D), (1, N)
+    _, latent = calls["encoder"]                            # (1, 1 + K, D)
+    (filled,), _ = calls["decoder.blocks.0"]                # (1, 1 + N, D')
     patches = model.encoder.patchify(images)                # (1, N, 3*p*p)
     N, K = patches.shape[1], visible.shape[1]
 
-    def batch(tensor: Tensor) -> str:
+    def shape(tensor: Tensor) -> str:                       # of a batch
         return f"({', '.join(map(str, ['B', *tensor.shape[1:]]))})"
 
     def cut(patches: Tensor) -> Tensor:                     # (1, N, 3*p*p) -> uint8 (N, 3, p, p)
         return data.unscale(patches[0]).unflatten(1, (3, p, p))
 
-    def box(part: nn.Module, last: str) -> tuple[list[str], str]:       # lines, note
-        count = sum(parameter.numel() for parameter in part.parameters())
-        return [f"depth {len(part.blocks)}", f"width {part.pos_embed.shape[-1]}",
-                f"heads {part.blocks[0].attn.heads}", last], f"{count / 1e6:.2f} M parameters"
-
-    hidden = mask[0].bool()[:, None, None, None]            # (N, 1, 1, 1)
+    masked = mask[0].bool()[:, None, None, None]            # (N, 1, 1, 1)
     original = cut(patches)                                 # (N, 3, p, p)
     kept = original[ids_restore[0].argsort()[:K]]           # (K, 3, p, p), in shuffled order
     class_row = torch.full((math.isqrt(N), 3, p, p), 255, dtype=torch.uint8)
     class_row[0] = ORANGE                                   # the class token on a row of its own
-    all_tokens = torch.cat([class_row, torch.where(hidden, SLATE, original)])
+    all_tokens = torch.cat([class_row, torch.where(masked, SLATE, original)])
     errors = torch.stack([model.loss(patches, pred, one[None]) for one in torch.eye(N)])    # (N,)
     colors = heat((errors / errors[mask[0].bool()].max())[:, None, None])   # (N, 3, 1, 1)
     return [
-        ("images", image[None], "scaled to -1..1", batch(images), "cut up"),
-        ("patches", original, f"{N} of {p} x {p} pixels", batch(patches), "embed, add position"),
-        ("tokens", original.masked_fill(hidden, HIDDEN), f"{N - K} of {N} masked", batch(tokens),
+        ("images", image[None], "scaled to -1..1", shape(images), "cut up"),
+        ("patches", original, f"{N} of {p} x {p} pixels", shape(patches), "embed, add position"),
+        ("tokens", original.masked_fill(masked, HIDDEN), f"{N - K} of {N} masked", shape(tokens),
          f"shuffle, keep {K}"),
-        ("visible tokens", kept, f"{K}, in shuffled order", batch(visible),
-         f"put the class token in front: {batch(latent)}"),
-        ("encoder", *box(model.encoder, "LayerNorm"), batch(latent), "project, fill, unshuffle"),
-        ("all positions", all_tokens, "orange: class token, blue: masked", batch(filled),
+        ("visible tokens", kept, f"{K}, in shuffled order", shape(visible),
+         f"put the class token in front: {shape(latent)}"),
+        ("encoder", *describe(model.encoder, "LayerNorm"), shape(latent),
+         "project, fill, unshuffle"),
+        ("all positions", all_tokens, "orange: class token, blue: masked", shape(filled),
          "add positions"),
-        ("decoder", *box(model.decoder, "linear head"), batch(pred), "without class token"),
-        ("prediction", cut(to_pixels(model, pred, patches)), "visible: no loss", batch(pred),
+        ("decoder", *describe(model.decoder, "linear head"), shape(pred), "without class token"),
+        ("prediction", cut(to_pixels(model, pred, patches)), "visible: no loss", shape(pred),
          "compare with"),
         ("original", original, "each patch normalized" if model.norm_pix_loss else "every patch",
-         batch(patches), "mean squared error"),
-        ("error per patch", colors.masked_fill(~hidden, HIDDEN), "gray: visible, no loss",
-         batch(mask), "mean over masked"),
+         shape(patches), "mean squared error"),
+        ("error per patch", colors.masked_fill(~masked, HIDDEN), "gray: visible, no loss",
+         shape(mask), "mean over masked"),
         ("loss", [f"{loss:.4f}"], f"over {N - K} patches", "", ""),
     ]
 
 
-def draw_flow(stages: list[tuple], title: str, caption: str) -> Image.Image:
-    """Stages, four in a row, with an arrow from each to the next. A stage: its name; small pictures
-    uint8 (M, 3, h, h) or lines of text; a note; the texts over and under its arrow."""
-    step, pitch = (WIDTH - 2 * MARGIN - STAGE) // 3, STAGE + 172
-    sheet = Sheet(WIDTH, math.ceil(len(stages) / 4) * pitch - 96, title, caption)
-    corners = [(MARGIN + i % 4 * step, sheet.top + 36 + i // 4 * pitch) for i in range(len(stages))]
-    for (name, content, note, _, _), (x, y) in zip(stages, corners):
-        middle = x + STAGE / 2
-        sheet.text(middle, y - 12, name, anchor="ms")
-        sheet.text(middle, y + STAGE + 30, note, GRAY, "ms")
-        if isinstance(content, Tensor):
-            sheet.tile(x, y, mosaic(content, STAGE), STAGE)
-        else:
-            sheet.box(x, y, STAGE, STAGE, GRAY, fill=PALE, radius=14)
-            for i, line in enumerate(content):
-                sheet.text(middle, y + STAGE / 2 + 40 * (i - (len(content) - 1) / 2), line,
-                           anchor="mm")
-    for (*_, shape, action), (x, y), (x1, y1) in zip(stages, corners, corners[1:]):
-        if y == y1:                                         # to the right
-            y += STAGE // 2
-            points, turn = [(x + STAGE + 12, y), (x1 - 16, y)], 270
-        else:                                               # around, to the next row
-            x, x1, y = x + STAGE // 2, x1 + STAGE // 2, y1 - 84
-            points, turn = [(x, y - 12), (x, y), (x1, y), (x1, y1 - 44)], 180
-        sheet.line(points)
-        tip = [SHARP * value for value in (*points[-1], 9)]     # x, y, radius of the arrow's tip
-        sheet.draw.regular_polygon(tip, 3, turn, INK)
-        middle = (points[0][0] + points[-1][0]) / 2
-        sheet.text(middle, y - 14, shape, anchor="ms")
-        sheet.text(middle, y + 34, action, GRAY, "ms")
-    return sheet.picture()
+def record_calls(model: mae.MAEViT, images: Tensor, noise: Tensor) -> tuple[tuple, dict]:
+    """The model's output, and {name of a module in it: (the module's inputs, its output)}."""
+    calls = {}
+    for name, module in model.named_modules():              # call = (module, inputs, output)
+        module.register_forward_hook(lambda *call, name=name: calls.update({name: call[1:]}))
+    return model(images, noise), calls
+
+
+def describe(part: nn.Module, last: str) -> tuple[list[str], str]:
+    """The lines in the box of the encoder or decoder, which ends in `last`, and the note below."""
+    count = sum(parameter.numel() for parameter in part.parameters())
+    return [f"depth {len(part.blocks)}", f"width {part.pos_embed.shape[-1]}",
+            f"heads {part.blocks[0].attn.heads}", last], f"{count / 1e6:.2f} M parameters"
 
 
 # ------------------------------------------------------------------------------ input
 
 
 @dataclasses.dataclass
-class Given:
+class Inputs:
     """The model and the images that the flags name."""
     model: nn.Module
     checkpoint: dict
@@ -474,7 +355,7 @@ class Given:
     caption: str
 
 
-def load(args: argparse.Namespace, kind: str | None = None) -> Given:
+def load(args: argparse.Namespace, kind: str | None = None) -> Inputs:
     """The model of --checkpoint with image files or, if there are none, test images of the data
     set that --dataset or the checkpoint names. Only --dataset downloads: if CIFAR is missing, the
     examples of this repository take its place. kind: see `load_run`. Raises BadInput, OSError."""
@@ -483,10 +364,7 @@ def load(args: argparse.Namespace, kind: str | None = None) -> Given:
     if files and (args.indices or args.dataset):
         raise BadInput("give either image files or --dataset and --indices, not both")
     name, size = args.dataset or settings["dataset"], getattr(model, "encoder", model).image_size
-    own_folder = Path(settings.get("data_dir", "data") if name == settings["dataset"] else "data")
-    folder = args.data_dir or own_folder
-    if name in data.SOURCES and not (args.data_dir or folder.is_dir()):
-        folder = Path("data")                               # the weights may be from elsewhere
+    folder = find_folder(args, settings)
     needed = folder / (data.SOURCES[name].folder if name in data.SOURCES else "")
     if not (files or args.dataset or name == "shapes" or needed.exists()):
         files = sorted((HERE / "assets" / "examples").glob("*.png"))[:args.count]
@@ -495,17 +373,27 @@ def load(args: argparse.Namespace, kind: str | None = None) -> Given:
                            "or --dataset to download one")
     if files:
         images = torch.stack([data.read_image(file, size) for file in files])
-        return Given(model, checkpoint, images, [file.stem for file in files], [""] * len(files),
-                     f"image files · {caption}")
+        return Inputs(model, checkpoint, images, [file.stem for file in files], [""] * len(files),
+                      f"image files · {caption}")
     dataset = data.load_dataset(name, folder, size, checkpoint["classes"])
     chosen = args.indices or list(range(len(dataset.test_images)))[:args.count]
     if max(chosen) >= len(dataset.test_images):
         raise BadInput(f"image {max(chosen)}: the test images of {dataset.title} are numbered 0 to "
                        f"{len(dataset.test_images) - 1}; see --indices")
     truths = [dataset.classes[dataset.test_labels[i]] if dataset.classes else "" for i in chosen]
-    return Given(model, checkpoint, dataset.test_images[chosen],
-                 [f"{i} {truth}".rstrip() for i, truth in zip(chosen, truths)], truths,
-                 f"{dataset.title} test images · {caption}")
+    labels = [f"{i} {truth}".rstrip() for i, truth in zip(chosen, truths)]
+    return Inputs(model, checkpoint, dataset.test_images[chosen], labels, truths,
+                  f"{dataset.title} test images · {caption}")
+
+
+def find_folder(args: argparse.Namespace, settings: dict) -> Path:
+    """The folder of the data set: --data-dir or, for the data set of the checkpoint, that of its
+    settings. Weights may be from another machine, where CIFAR was elsewhere: then data/."""
+    if args.data_dir:
+        return args.data_dir
+    name = args.dataset or settings["dataset"]
+    own = Path(settings.get("data_dir", "data") if name == settings["dataset"] else "data")
+    return Path("data") if name in data.SOURCES and not own.is_dir() else own
 
 
 def load_run(path: Path, kind: str | None = None) -> tuple[nn.Module, dict, str]:
@@ -564,11 +452,186 @@ def read_log(path: Path) -> list[dict[str, float]]:
     whole = all("lr" in row and 0 <= row.get("epoch", -1) < 1e9 for row in rows)
     if not (rows and whole and text.endswith("\n")):
         raise BadInput(f"{path} is not a whole log.csv of pretrain.py or finetune.py with at least "
-                       "one epoch: wait for the first one, or mend or delete the file")
+                       "one epoch: wait for the first one, or repair or delete the file")
     return rows
 
 
-# ------------------------------------------------------------------------------ the toolkit
+# ------------------------------------------------------------------------------ layout
+
+# Lengths are pixels of the page. Plain numbers are distances by eye, for text 24 pixels high.
+
+
+def draw_grid(groups: list[list[tuple]], title: str, caption: str, color_label: str = "",
+              outline: tuple[int, int, int] | None = None) -> Image.Image:
+    """Square tiles in columns, as large as the sheet's width allows. groups: lists of columns,
+    with wider gaps between the groups. A column: its heading, tiles uint8 (n, 3, H, W), and a note
+    under each, or none. color_label: what the colors of `heat` mean. outline: y, x and side of a square to outline in every tile."""
+    columns = [column for group in groups for column in group]
+    W, rows = columns[0][1].shape[-1], max(len(tiles) for _, tiles, _ in columns)
+    notes = [note for *_, notes in columns for note in notes]
+    texts = [heading for heading, *_ in columns] + notes
+    between = 4 * GAP * (len(groups) - 1)                   # the gaps between groups, in all
+    room = WIDTH - 2 * MARGIN - between - GAP * len(columns)
+    side = W * max(1, min(320, room // len(columns)) // W)  # of a drawn tile
+    width = max(side, min(176, math.ceil(max(map(text_width, texts)))))     # of a column
+    pitch = side + (42 if any(notes) else GAP)
+    sheet = Sheet(max(680, 2 * MARGIN + between - GAP + (width + GAP) * len(columns)),
+                  34 + rows * pitch + (38 if color_label else -GAP), title, caption)
+    x = MARGIN
+    for group in groups:
+        for heading, tiles, notes in group:
+            left, middle = x + (width - side) // 2, x + width / 2
+            sheet.text(middle, sheet.top + 24, heading, GRAY, "ms", width)
+            for row, (tile, note) in enumerate(zip(tiles, notes or [""] * rows)):
+                y = sheet.top + 34 + row * pitch
+                sheet.tile(left, y, tile, side)
+                sheet.text(middle, y + side + 24, note, GRAY, "ms", width)
+                if outline:
+                    top, start, length = (value * side // W for value in outline)
+                    sheet.box(left + start, y + top, length, length, PAPER)
+            x += width + GAP
+        x += 4 * GAP
+    if color_label:
+        sheet.tile(MARGIN, sheet.bottom - 20, heat(torch.linspace(0, 1, 240).expand(20, -1)), 240)
+        sheet.text(MARGIN + 256, sheet.bottom - 10, color_label, anchor="lm")
+    return sheet.picture()
+
+
+PORTRAIT, CARD = 192, 520       # the width of an image, and of an image with its bars
+TRUE, WRONG, OTHER = (160, 205, 236), (248, 184, 140), FAINT        # colors of bars
+
+
+def draw_cards(inputs: Inputs, guesses: list[list[tuple]], caption: str) -> Image.Image:
+    """Images, up to three in a row, each beside its guesses as bars. guesses: for each image,
+    (class, probability), the largest first."""
+    rows, width = math.ceil(len(guesses) / 3), CARD - PORTRAIT - 20         # width of a bar
+    across, step, pitch = math.ceil(len(guesses) / rows), CARD + 40, PORTRAIT + 28
+    sheet = Sheet(2 * MARGIN - 40 + across * step, rows * pitch - 20, "Predictions", caption)
+    for i, best in enumerate(guesses):
+        x, y = MARGIN + i % across * step, sheet.top + 8 + i // across * pitch
+        sheet.tile(x, y, inputs.images[i], PORTRAIT)
+        x += PORTRAIT + 20
+        sheet.text(x, y + 12, inputs.labels[i], anchor="lm", fit=width)
+        truth = inputs.truths[i] or best[0][0]
+        for j, (name, value) in enumerate(best):
+            top = y + 36 + 32 * j
+            color = TRUE if name == truth else WRONG if j == 0 else OTHER
+            sheet.box(x, top, width, 28, fill=PALE)
+            sheet.box(x, top, round(width * value), 28, fill=color)
+            sheet.text(x + 8, top + 14, name, anchor="lm", fit=width - 106)
+            sheet.text(x + width - 8, top + 14, f"{100 * value:.1f} %", anchor="rm")
+    return sheet.picture()
+
+
+LARGEST = 1e99                  # larger values are not drawn: sums would overflow
+
+
+def plot_curves(runs: dict[str, list[dict]], caption: str = "") -> Image.Image:
+    """The PANELS of runs. runs: for each label in the legend, the rows of log.csv as dicts of
+    numbers, at least one. Raises BadInput if there are more runs than colors."""
+    if len(runs) > len(COLORS):
+        raise BadInput(f"{len(runs)} runs are too many for one picture: give at most {len(COLORS)}")
+    panels = {}                                             # title: lines, as in `draw_panel`
+    for title, columns in PANELS.items():
+        for rows, color in zip(runs.values(), COLORS):
+            if any(next(iter(columns)) in row for row in rows):
+                for name, width in columns.items():
+                    points = np.array([(row["epoch"], row.get(name, math.nan)) for row in rows])
+                    panels.setdefault(title, []).append((*points.T, color, width))
+    across, room, height = len(panels) if len(panels) < 4 else 2, WIDTH - 2 * MARGIN, 460
+    entries = 3 if len(runs) > 2 else 2                     # of the legend, in a line
+    legend = 38 * math.ceil(len(runs) / entries) + 16       # height
+    sheet = Sheet(WIDTH, legend + height * math.ceil(len(panels) / across), "Training curves",
+                  f"{caption} · thick: test, thin: train".removeprefix(" · "))
+    for i, (label, color) in enumerate(zip(runs, COLORS)):
+        left, y = MARGIN + i % entries * room // entries, sheet.top + 18 + i // entries * 38
+        sheet.line([(left, y), (left + 52, y)], color, THICK)
+        sheet.text(left + 64, y, label, anchor="lm", fit=room // entries - 84)
+    for i, (title, lines) in enumerate(panels.items()):
+        left, top = MARGIN + i % across * room // across, sheet.top + legend + i // across * height
+        draw_panel(sheet, (left, top, left + room // across, top + height), title, lines)
+    return sheet.picture()
+
+
+def draw_panel(sheet: "Sheet", box: tuple, title: str, lines: list[tuple]) -> None:
+    """Axes and curves in the box (left, top, right, bottom). lines: (epochs (n,), values (n,),
+    color, width); values that are not finite are gaps."""
+    left, top, right, bottom = box[0] + 108, box[1] + 44, box[2] - 16, box[3] - 80
+    sheet.text(left, box[1] + 32, title, anchor="ls", fit=right - left)
+    sheet.text((left + right) / 2, bottom + 46, "epoch", GRAY, "ma")
+    values = np.concatenate([ys[abs(ys) < LARGEST] for _, ys, _, _ in lines])
+    x1 = 1.02 * max(1, *(xs.max() for xs, _, _, _ in lines))        # from 0
+    y0, y1 = (values.min(), values.max()) if len(values) else (0, 1)
+    pad = max(0.08 * (y1 - y0), 0.01 * max(abs(y0), abs(y1))) or 0.05
+    y0, y1 = y0 - pad if y0 < 0 else max(y0 - pad, 0), y1 + pad
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + x / x1 * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+
+    for value, label in ticks(y0, y1):
+        y = round(place(0, value)[1])
+        sheet.line([(left, y), (right, y)], FAINT)
+        sheet.text(left - 10, y, label, GRAY, "rm", fit=98)
+    for value, _ in ticks(0, x1):
+        if value == round(value):                           # only whole epochs
+            x = round(place(value, y0)[0])
+            sheet.line([(x, bottom), (x, bottom + 8)], GRAY)
+            sheet.text(x, bottom + 12, f"{value:g}", GRAY, "ma")
+    sheet.line([(left, top), (left, bottom), (right, bottom)], GRAY)
+    for xs, ys, color, width in lines:
+        known = np.flatnonzero(abs(ys) < LARGEST)
+        for part in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1):
+            if len(part):
+                sheet.line([place(xs[i], ys[i]) for i in part], color, width)
+
+
+def ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """About six round numbers from low to high, and their labels."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 6))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 6)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    form = f".{decimals}f" if decimals < 6 and step < 1e5 else ".1e"
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [(i * step, f"{i * step:{form}}") for i in range(first, last + 1)]
+
+
+STAGE = 224                     # the side of an image in the figure
+
+
+def draw_flow(stages: list[tuple], title: str, caption: str) -> Image.Image:
+    """Stages, four in a row, with an arrow from each to the next. A stage: its name; small images
+    uint8 (M, 3, h, h) or lines of text; a note; the texts over and under its arrow."""
+    step, pitch = (WIDTH - 2 * MARGIN - STAGE) // 3, STAGE + 172        # to the next stage, row
+    sheet = Sheet(WIDTH, math.ceil(len(stages) / 4) * pitch - 96, title, caption)
+    corners = [(MARGIN + i % 4 * step, sheet.top + 36 + i // 4 * pitch) for i in range(len(stages))]
+    for (name, content, note, _, _), (x, y) in zip(stages, corners):
+        middle = x + STAGE / 2
+        sheet.text(middle, y - 12, name, anchor="ms")
+        sheet.text(middle, y + STAGE + 30, note, GRAY, "ms")
+        if isinstance(content, Tensor):
+            sheet.tile(x, y, mosaic(content, STAGE), STAGE)
+        else:
+            sheet.box(x, y, STAGE, STAGE, GRAY, fill=PALE, radius=14)
+            for i, line in enumerate(content):
+                sheet.text(middle, y + STAGE / 2 + 40 * (i - (len(content) - 1) / 2), line,
+                           anchor="mm")
+    for (*_, over, under), (x, y), (x1, y1) in zip(stages, corners, corners[1:]):
+        if y == y1:                                         # to the right
+            y += STAGE // 2
+            points, turn = [(x + STAGE + 12, y), (x1 - 16, y)], 270
+        else:                                               # around, to the next row
+            x, x1, y = x + STAGE // 2, x1 + STAGE // 2, y1 - 84
+            points, turn = [(x, y - 12), (x, y), (x1, y), (x1, y1 - 44)], 180
+        sheet.line(points)
+        tip = [SHARP * value for value in (*points[-1], 9)]     # x, y, radius of the arrow's tip
+        sheet.draw.regular_polygon(tip, 3, turn, INK)
+        middle = (points[0][0] + points[-1][0]) / 2
+        sheet.text(middle, y - 14, over, anchor="ms")
+        sheet.text(middle, y + 34, under, GRAY, "ms")
+    return sheet.picture()
+
+
+# ------------------------------------------------------------------------------ drawing
 
 
 @functools.cache
@@ -603,8 +666,7 @@ class Sheet:
     def picture(self) -> Image.Image:
         return self.canvas.reduce(SHARP)
 
-    def text(self, x: float, y: float, text: str, color=INK, anchor: str = "la",
-             fit: float = math.inf) -> None:
+    def text(self, x: float, y: float, text: str, color=INK, anchor="la", fit=math.inf) -> None:
         """One line, cut if it is more than `fit` pixels wide. Pillow's font has only ASCII and a
         few signs: letters lose their accents, other letters become "?"."""
         letters = [c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c)]
@@ -616,9 +678,9 @@ class Sheet:
     def tile(self, x: int, y: int, pixels: Tensor, width: int) -> None:
         """uint8 (3, H, W), drawn `width` pixels wide. Enlarged pixels are sharp squares."""
         height = pixels.shape[-2] * width // pixels.shape[-1]
-        picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-        picture = picture.resize((SHARP * width, SHARP * height), Image.Resampling.BOX)
-        self.canvas.paste(picture, (SHARP * x, SHARP * y))
+        image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        image = image.resize((SHARP * width, SHARP * height), Image.Resampling.BOX)
+        self.canvas.paste(image, (SHARP * x, SHARP * y))
 
     def line(self, points: list[tuple[float, float]], color=INK, width: int = 2) -> None:
         """A line through points (x, y), or a dot if there is only one."""
@@ -628,8 +690,7 @@ class Sheet:
         else:
             self.draw.line(points, color, SHARP * width, "curve")
 
-    def box(self, x: int, y: int, width: int, height: int, outline=None, fill=None,
-            radius: int = 0) -> None:
+    def box(self, x: int, y: int, width: int, height: int, outline=None, fill=None, radius=0):
         corners = [SHARP * value for value in (x, y, x + width, y + height)]
         self.draw.rounded_rectangle(corners, SHARP * radius, fill, outline, SHARP * 2)
 
@@ -645,65 +706,21 @@ def heat(values: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(channels, axis=-3).round().astype(np.uint8))
 
 
-def mosaic(pictures: Tensor, size: int) -> Tensor:
-    """Small square pictures in rows: uint8 (M, 3, h, h) -> (3, size, size), larger if need be."""
-    M, _, h, _ = pictures.shape
+def mosaic(images: Tensor, size: int) -> Tensor:
+    """Small square images in rows: uint8 (M, 3, h, h) -> (3, size, size), larger if need be."""
+    M, _, h, _ = images.shape
     columns, gap = math.isqrt(M), 2
     rows = math.ceil(M / columns)
     enlarge = max(1, (size // rows - gap) // h)
-    pictures = pictures.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
     h, step = h * enlarge, h * enlarge + gap
     size = max(size, rows * step - gap)
     top, left = ((size - count * step + gap) // 2 for count in (rows, columns))
     page = torch.full((3, size, size), 255, dtype=torch.uint8)
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         y, x = top + i // columns * step, left + i % columns * step
-        page[:, y:y + h, x:x + h] = picture
+        page[:, y:y + h, x:x + h] = image
     return page
-
-
-def column(title: str, tiles: Tensor, notes=()) -> tuple[str, list[tuple[Tensor, str]]]:
-    """A column for `draw_grid`: tiles uint8 (n, 3, H, W), and the text under each, if any."""
-    return title, list(zip(tiles, notes or [""] * len(tiles)))
-
-
-def draw_grid(groups: list[list[tuple]], title: str, caption: str, color_label: str = "",
-              outline: tuple[int, int, int] | None = None) -> Image.Image:
-    """Square tiles in columns, as large as the sheet's width allows.
-
-    groups: lists of columns, from `column`, with wider gaps between the groups. color_label: what
-    the colors of `heat` mean. outline: y, x and side of a square to outline in every tile.
-    """
-    columns = [one for group in groups for one in group]
-    W = columns[0][1][0][0].shape[-1]
-    notes = [note for _, cells in columns for _, note in cells]
-    texts = [heading for heading, _ in columns] + notes
-    between = 4 * GAP * (len(groups) - 1)                   # the gaps between groups, in all
-    room = WIDTH - 2 * MARGIN - between - GAP * len(columns)
-    side = W * max(1, min(320, room // len(columns)) // W)  # of a drawn tile
-    width = max(side, min(176, math.ceil(max(map(text_width, texts)))))     # of a column
-    pitch = side + (42 if any(notes) else GAP)
-    rows = max(len(cells) for _, cells in columns)
-    sheet = Sheet(max(680, 2 * MARGIN + between - GAP + (width + GAP) * len(columns)),
-                  34 + rows * pitch + (38 if color_label else -GAP), title, caption)
-    x = MARGIN
-    for group in groups:
-        for heading, cells in group:
-            left, middle = x + (width - side) // 2, x + width / 2
-            sheet.text(middle, sheet.top + 24, heading, GRAY, "ms", width)
-            for row, (tile, note) in enumerate(cells):
-                y = sheet.top + 34 + row * pitch
-                sheet.tile(left, y, tile, side)
-                sheet.text(middle, y + side + 24, note, GRAY, "ms", width)
-                if outline:
-                    top, start, length = (value * side // W for value in outline)
-                    sheet.box(left + start, y + top, length, length, PAPER)
-            x += width + GAP
-        x += 4 * GAP
-    if color_label:
-        sheet.tile(MARGIN, sheet.bottom - 20, heat(torch.linspace(0, 1, 240).expand(20, -1)), 240)
-        sheet.text(MARGIN + 256, sheet.bottom - 10, color_label, anchor="lm")
-    return sheet.picture()
 
 
 def save(picture: Image.Image | list[Image.Image], path: Path | str) -> None:
