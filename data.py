@@ -734,17 +734,6 @@ def number(kind: type, low: float, high: float):
 COUNT = number(int, 1, 10**6)
 
 
-def note(text: str) -> None:
-    """One line on standard error, from the main process alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", file=sys.stderr)
-
-
-def shell_line(*words: str) -> str:
-    """A command to type, quoted as the system needs it."""
-    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
-
-
 def path(text: str) -> Path:
     """A type for argparse: ~ is the home folder, as in --out=~/runs."""
     return Path(os.path.expanduser(text))
