@@ -82,7 +82,6 @@ def tiny_mae(**changes) -> MAEViT:
 def test_patches_are_cut_row_by_row_hold_channel_y_x_and_can_be_put_together_again():
     images = random_images(2, side=12)
     patches = patchify(images, 4)
-    assert torch.equal(patches[0, 5], images[0, :, 4:8, 8:].flatten())
     assert torch.equal(patches, F.unfold(images, 4, stride=4).mT)
     assert torch.equal(unpatchify(patches, 4), images)
 
@@ -389,23 +388,24 @@ def test_a_folder_of_pictures_may_hold_other_things_which_are_counted(pictures, 
     assert (folder / notes[0].partition("for example ")[2]).is_file()
 
 
-def test_a_tenth_of_each_class_is_held_out_for_testing(pictures):
-    file, folder = next(pictures.glob("train/apple/*.JPG")), Path("pictures")
+def test_a_tenth_of_each_class_is_held_out_for_testing():
+    folder = Path("pictures")
     for title, count in (("many", 12), ("one", 1), ("two", 2)):
         (folder / "train" / title).mkdir(parents=True)
         for i in range(count):
-            shutil.copy(file, folder / "train" / title / f"{i}.jpg")
+            Image.new("L", (8, 8), i).save(folder / "train" / title / f"{i}.png")
     dataset = data.load_dataset("folder", folder, image_size=8)
     assert dataset.train_labels.bincount().tolist() == [10, 1, 1]
     assert dataset.test_labels.bincount().tolist() == [2, 0, 1]
+    assert dataset.test_images.unique().tolist() == [1, 9]  # in order of names: 0, 1, 10, 11, 2
     tested = data.load_dataset("folder", folder, image_size=8, classes=dataset.classes)
     assert tested.test_labels.equal(dataset.test_labels) and tested.counts() == [0, 3]
     shutil.rmtree(folder / "train" / "many"), shutil.rmtree(folder / "train" / "two")
     with pytest.raises(data.BadInput, match="too few pictures in .*: put at least two of each"):
         data.load_dataset("folder", folder)
-    for name in "01":
-        (folder / "train" / "one" / f"{name}.jpg").write_bytes(b"")
-    with pytest.raises(data.BadInput, match="0.jpg is not a picture of a kind that can be read"):
+    for name in ("0.png", "1.png"):
+        (folder / "train" / "one" / name).write_bytes(b"")
+    with pytest.raises(data.BadInput, match=r"0\.png is not a picture of a kind that can be read"):
         data.load_dataset("folder", folder)
 
 
@@ -727,9 +727,8 @@ def test_threads_are_chosen_when_a_run_begins_and_kept(runs, flags, monkeypatch)
     monkeypatch.setattr(torch, "get_num_threads", lambda: numbers[-1] if numbers else 8)
     monkeypatch.setattr(torch, "set_num_threads", numbers.append)
     monkeypatch.setattr(MAEViT, "forward", forward_slowly)
-    _, _, *without_threads = flags["pretrain"]
     for cores, command, expected in (
-            (8, [*without_threads, "--out", out], [1, 2, 4, 2]),            # 4 was slower
+            (8, [*flags["pretrain"][2:], "--out", out], [1, 2, 4, 2]),      # 4 was slower
             (8, ["--resume", out], [2]), (9, ["--resume", out], [1, 2, 4, 2]),
             (8, ["--resume", out, "--threads", 3], [3]),
             (2, ["--resume", out, "--threads", 64], [2])):
@@ -866,7 +865,7 @@ def test_a_run_may_be_compiled_or_in_bf16_and_name_its_data_from_elsewhere(
     assert not bf16 or read_log("killed") != read_log(runs["pretrain"])
     images = data.load_dataset("cifar10", data_dir).test_images
     loss, _, _ = model(data.scale(images), visualize.random_noise(images, model, seed=0))
-    assert checkpoint["log"][-1]["test_loss"] == pytest.approx(loss.item(), rel=1e-5)   # in fp32
+    assert checkpoint["log"][-1]["test_loss"] == pytest.approx(loss.item(), abs=1e-6)   # in fp32
 
 
 def test_another_optimizer_can_be_resumed(flags, monkeypatch):
@@ -1040,8 +1039,7 @@ def python(*command, env=os.environ) -> subprocess.Popen:
 @posix
 def test_kill_9_costs_an_epoch_at_most_and_ctrl_c_ends_a_program_without_a_traceback(flags, runs):
     for stop, epochs in ((signal.SIGKILL, 3), (signal.SIGINT, 10**6)):
-        command = [*flags["pretrain"], "--epochs", epochs, "--out", epochs]
-        process = python(pretrain.__file__, *command)
+        process = python(pretrain.__file__, *flags["pretrain"], "--epochs", epochs, "--out", epochs)
         assert any(line.startswith("epoch 1/") for line in process.stdout)  # told without delay
         process.send_signal(stop)
         _, err = process.communicate(timeout=60)
@@ -1071,10 +1069,9 @@ def test_two_processes_compute_what_one_does_and_can_resume_it(kind, flags):
     if kind != "pretrain":
         assert run_until(lambda path: path.name == "weights.pt", KINDS[kind], *flags)
         flags = ["--resume", two]
-    micro = [] if kind == "linear" else ["--micro-batch-size", 7]
     process = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
                      "--no-python", sys.executable, "-c", LEAVING, KINDS[kind].__name__, *flags,
-                     *micro)
+                     "--micro-batch-size", 7)
     out, err = process.communicate(timeout=150)
     assert process.returncode == 0, out + err
     epochs = len(read_log(one))
@@ -1121,7 +1118,6 @@ BAD_INPUT = [
     (pretrain, "--resume {runs}/pretrain --data-dir {data}/other",
      "trained and tested on [96, 40] images"),
     (finetune, "--labels-per-class 5000", "only 10 of the 96 training images"),
-    (finetune, "--init file", "file is damaged, or not what this version"),
     (finetune, "--init {runs}/pretrain --dim 32", "--dim is 16 for the encoder of"),
     (finetune, "--mode linear", "--mode linear needs --init"),
     (finetune, "--mode linear --init {runs}/pretrain --mix", "--mix is False for a linear probe"),
@@ -1244,8 +1240,7 @@ def test_damaged_data_files_are_bad_input(damage, data_dir, flags):
     folder = shutil.copytree(data_dir / "cifar-10-batches-bin", Path("cifar-10-batches-bin"))
     file = folder.absolute() / "data_batch_3.bin"
     file.write_bytes(damage(file.read_bytes())) if damage else file.unlink()
-    message = (f"{file} is missing or damaged: it is not made of 3,073-byte records with labels "
-               f"from 0 to 9; put the right file there, or move {file.parent} away")
+    message = f"{file} is missing or damaged: it is not made of 3,073-byte records with labels from"
     for dataset in ("cifar10", "auto"):                     # a damaged one is never replaced
         assert_bad_input(message, pretrain, *flags["pretrain"], "--data-dir", ".", "--dataset",
                          dataset)
@@ -1276,7 +1271,7 @@ def archive(data_dir, tmp_path_factory, monkeypatch) -> bytes:
 
 
 @pytest.mark.parametrize("fault", ["404", "cut off", "changed", "an address that is none"])
-def test_downloads_that_fail_leave_nothing_and_a_second_try_succeeds(fault, archive, data_dir, flags):
+def test_a_download_that_fails_leaves_nothing_and_can_be_repeated(fault, archive, data_dir, flags):
     folder, source = Path("data"), data.SOURCES["cifar10"]
     Server.answer = {
         "404": b"404 Not Found\r\n\r\n", "changed": b"200 OK\r\n\r\n" + archive[:-1] + b"!",
@@ -1538,16 +1533,17 @@ def run_tiny(command: str) -> None:
 @posix
 @pytest.mark.parametrize("cifar_is_here", [True, False])
 def test_every_command_in_the_readme_works(cifar_is_here, data_dir, pictures, monkeypatch):
-    """In the order of the README, each once. Without CIFAR-10 and a network: the first ten."""
+    """In the order of the README, each once. The first ones also without CIFAR-10 and a network."""
     source = replace(data.SOURCES["cifar10"], url="http://127.0.0.1:9/x.tar.gz")
     monkeypatch.setitem(data.SOURCES, "cifar10", source)
     for name, target in (("results", RESULTS), ("assets", HERE / "assets"),
-                         ("my_pictures", pictures),
-                         *([("data", data_dir)] if cifar_is_here else [])):
-        os.symlink(target, name)
+                         ("my_pictures", pictures), ("data", data_dir)):
+        if cifar_is_here or name != "data":
+            os.symlink(target, name)
     assert len(COMMANDS) > 15
-    for command in list(dict.fromkeys(COMMANDS))[:None if cifar_is_here else 10]:
-        run_tiny(command.replace("2000", "100"))            # there are 200 images
+    for command in dict.fromkeys(COMMANDS):
+        if cifar_is_here or not re.search("recipe|limit|folder|cifar|out runs|results", command):
+            run_tiny(command.replace("2000", "100"))        # there are 200 images
     datasets = {read_settings(run)["dataset"] for run in Path("runs").iterdir()}
     assert datasets == ({"cifar10", "cifar100", "folder"} if cifar_is_here else {"shapes"})
 
@@ -1625,18 +1621,18 @@ def test_the_script_of_the_results_resumes_and_its_commands_work(
 @posix
 def test_the_script_of_the_results_collects_what_the_machine_did(flags, tmp_path):
     """The precision of the run, and not "auto", which was asked."""
-    out, results = tmp_path / "runs" / "new", tmp_path / "results"
-    succeed(pretrain, *flags["pretrain"], "--epochs", 1, "--precision", "auto", "--out", out)
-    (results / "logs").mkdir(parents=True)
-    shutil.copy(RESULTS / "runs.csv", results)
-    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (tmp_path / "python").chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    subprocess.run(["bash", RESULTS / "reproduce.sh", "collect"], cwd=HERE, check=True, env=dict(
-        os.environ, PATH=path, RUNS=str(tmp_path / "runs"), RESULTS=str(results)))
-    with open(results / "runs.csv") as file:
+    succeed(pretrain, *flags["pretrain"], "--epochs", 1, "--precision", "auto", "--out", "runs/new")
+    os.makedirs("results/logs")
+    shutil.copy(RESULTS / "runs.csv", "results")
+    Path("python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    Path("python").chmod(0o755)
+    places = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", RUNS=f"{tmp_path}/runs",
+                  RESULTS=f"{tmp_path}/results")
+    subprocess.run(["bash", RESULTS / "reproduce.sh", "collect"], cwd=HERE, check=True,
+                   env=os.environ | places)
+    with open("results/runs.csv") as file:
         row = {row["name"]: row for row in csv.DictReader(file)}["new"]
-    machine = json.loads((out / "config.json").read_text())["machine"]
+    machine = json.loads(Path("runs/new/config.json").read_text())["machine"]
     assert (row["precision"], row["threads"]) == (machine["precision"], "1")
     assert row["precision"] in ("fp32", "bf16") and float(row["pflop"]) > 0
-    assert (results / "logs" / "new.csv").read_bytes() == (out / "log.csv").read_bytes()
+    assert Path("results/logs/new.csv").read_bytes() == Path("runs/new/log.csv").read_bytes()
