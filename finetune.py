@@ -168,7 +168,7 @@ def finetune(settings: FinetuneSettings, machine: Machine, checkpoint: dict | No
                 labels = F.one_hot(labels, len(dataset.classes)).float()        # (B, classes)
                 images, labels = data.mixup_or_cutmix(images, labels, generator)
             images = data.scale(images)                     # (B, 3, H, W), -1..1
-            if drop_patches:
+            if drop_patches:                                # PatchDropout
                 noise = torch.rand(len(ids), model.num_patches, generator=generator,
                                    device=machine.device)   # (B, N)
             for part, weight in machine.micro_batches(len(ids)):

@@ -187,7 +187,7 @@ def pretrain(settings: PretrainSettings, machine: "Machine", checkpoint: dict | 
                 (loss * weight).backward()
                 losses[step] += loss.detach() * weight
             machine.add_up_gradients(model)
-            set_learning_rate(optimizers, settings, epoch - 1 + (step + 0.5) / steps)
+            set_learning_rate(optimizers, settings, epoch - 1 + (step + 0.5) / steps)   # mid-step
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
