@@ -325,9 +325,13 @@ def make_stages(model: mae.MAEViT, image: Tensor, noise: Tensor) -> list[tuple]:
 def record_calls(model: mae.MAEViT, images: Tensor, noise: Tensor) -> tuple[tuple, dict]:
     """The model's output, and {name of a module in it: (the module's inputs, its output)}."""
     calls = {}
-    for name, module in model.named_modules():              # call = (module, inputs, output)
-        module.register_forward_hook(lambda *call, name=name: calls.update({name: call[1:]}))
-    return model(images, noise), calls
+    hooks = [module.register_forward_hook(                  # call = (module, inputs, output)
+        lambda *call, name=name: calls.update({name: call[1:]})) for name, module in
+        model.named_modules()]
+    outputs = model(images, noise)
+    for hook in hooks:
+        hook.remove()
+    return outputs, calls
 
 
 def describe(part: nn.Module, last: str) -> tuple[list[str], str]:
