@@ -1115,8 +1115,7 @@ BAD_INPUT = [
     (pretrain, "--resume {runs}/finetune", "from finetune.py, but one from pretrain.py is needed"),
     (pretrain, "--resume {runs}/pretrain --dim 32", "--dim is 16 for the run in"),
     (pretrain, "--resume {runs}/pretrain --epochs 2", "--epochs 2: 3 epochs are done already"),
-    (pretrain, "--resume {runs}/pretrain --data-dir {data}/other",
-     "trained and tested on [96, 40] images"),
+    (pretrain, "--resume {runs}/pretrain --data-dir {data}/other", "tested on [96, 40] images"),
     (finetune, "--labels-per-class 5000", "only 10 of the 96 training images"),
     (finetune, "--init {runs}/pretrain --dim 32", "--dim is 16 for the encoder of"),
     (finetune, "--mode linear", "--mode linear needs --init"),
@@ -1135,8 +1134,7 @@ BAD_INPUT = [
 @posix
 @pytest.mark.parametrize("program, command, message", BAD_INPUT,
                          ids=[command for _, command, _ in BAD_INPUT])
-def test_bad_input_is_one_line_and_harms_nothing(program, command, message, runs, data_dir,
-                                                 flags):
+def test_bad_input_is_one_line_and_harms_nothing(program, command, message, runs, data_dir, flags):
     Path("file").write_text("a file in the place of a folder")
     Path("link").symlink_to("nothing")
     names = dict(runs=runs["pretrain"].parent, data=data_dir, weights=RESULTS / "weights")
@@ -1240,7 +1238,8 @@ def test_damaged_data_files_are_bad_input(damage, data_dir, flags):
     folder = shutil.copytree(data_dir / "cifar-10-batches-bin", Path("cifar-10-batches-bin"))
     file = folder.absolute() / "data_batch_3.bin"
     file.write_bytes(damage(file.read_bytes())) if damage else file.unlink()
-    message = f"{file} is missing or damaged: it is not made of 3,073-byte records with labels from"
+    message = (f"{file} is missing or damaged: it is not made of 3,073-byte records with labels "
+               f"from 0 to 9; put the right file there, or move {file.parent} away")
     for dataset in ("cifar10", "auto"):                     # a damaged one is never replaced
         assert_bad_input(message, pretrain, *flags["pretrain"], "--data-dir", ".", "--dataset",
                          dataset)
