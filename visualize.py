@@ -68,13 +68,11 @@ def random_noise(images: Tensor, model: mae.MAEViT, seed: int) -> Tensor:
 @torch.no_grad()
 def reconstruct(model: mae.MAEViT, images: Tensor, noise: Tensor, raw: bool = False,
                 mask_ratio: float | None = None) -> tuple[Tensor, Tensor]:
-    """Mask images and let the model fill them in, on the model's device.
-
-    images uint8 (B, 3, H, W), noise (B, N) -> tiles uint8 (B, 3, 3, H, W): masked, reconstruction,
-    original; error (B,): the mean squared error over the masked patches, of pixels scaled to -1..1.
-    Both are on the CPU. raw: do not paste the visible patches back. mask_ratio: replaces the
-    model's own. Raises BadInput if it leaves no patch visible or none masked.
-    """
+    """Mask images and let the model fill them in, on the model's device: images uint8 (B, 3, H, W),
+    noise (B, N) -> tiles uint8 (B, 3, 3, H, W): masked, reconstruction, original; error (B,): the
+    mean squared error over the masked patches, of pixels scaled to -1..1. Both are on the CPU.
+    raw: do not paste the visible patches back. mask_ratio: replaces the model's own. Raises
+    BadInput if it leaves no patch visible or none masked."""
     device, p = model.encoder.pos_embed.device, model.encoder.patch_size
     images = data.scale(images.to(device))
     patches = model.encoder.patchify(images)                # (B, N, 3*p*p)
@@ -103,8 +101,7 @@ def draw_triples(tiles: Tensor, title: str, caption: str, errors=(), labels=()) 
     notes, groups = [f"error {error:.4f}" for error in errors], []
     for start in range(across):
         masked, filled, original = tiles[start::across].unbind(dim=1)
-        groups.append([("masked", masked, []),
-                       ("reconstruction", filled, notes[start::across]),
+        groups.append([("masked", masked, []), ("reconstruction", filled, notes[start::across]),
                        ("original", original, labels[start::across])])
     return draw_grid(groups, title, caption)
 
@@ -112,7 +109,7 @@ def draw_triples(tiles: Tensor, title: str, caption: str, errors=(), labels=()) 
 def draw_ratios(args: argparse.Namespace) -> Image.Image:
     """One row per image, with more and more of it masked (MAE, figure 4)."""
     inputs = load(args, "pretrain")
-    noise = random_noise(inputs.images, inputs.model, args.seed)      # the same for all ratios
+    noise = random_noise(inputs.images, inputs.model, args.seed)    # the same for all ratios
     groups = [[("original", inputs.images, inputs.labels)]]
     for ratio in (0.5, 0.75, 0.85, 0.95):
         tiles, errors = reconstruct(inputs.model, inputs.images, noise, mask_ratio=ratio)
@@ -155,6 +152,7 @@ def save_epoch(folder: Path, epoch: int, model: mae.MAEViT, images: Tensor, nois
 
 # ------------------------------------------------------------------------------ predictions
 
+
 @torch.no_grad()
 def draw_predict(args: argparse.Namespace) -> Image.Image:
     """Which class is it? The most probable classes of each image, at most five."""
@@ -168,11 +166,9 @@ def draw_predict(args: argparse.Namespace) -> Image.Image:
     for label, best, is_wrong in zip(inputs.labels, guesses, wrong):
         text = ", ".join(f"{name} {100 * value:.1f} %" for name, value in best)
         print(f"{label}: {text}{' (wrong)' if is_wrong else ''}")
-    caption = inputs.caption
-    if any(inputs.truths):
-        caption += f" · {wrong.count(False)} of {len(wrong)} right"
-        caption += " · blue: true class, orange: wrong prediction"
-    return draw_cards(inputs, guesses, caption)
+    right = f" · {wrong.count(False)} of {len(wrong)} right"
+    right += " · blue: true class, orange: wrong prediction"
+    return draw_cards(inputs, guesses, inputs.caption + (right if any(inputs.truths) else ""))
 
 
 # ------------------------------------------------------------------------------ curves
@@ -364,7 +360,7 @@ def load(args: argparse.Namespace, kind: str | None = None) -> Inputs:
     if files and (args.indices or args.dataset):
         raise BadInput("give either image files or --dataset and --indices, not both")
     name, size = args.dataset or settings["dataset"], getattr(model, "encoder", model).image_size
-    folder = find_folder(args, settings)
+    folder = args.data_dir or find_folder(name, settings)
     needed = folder / (data.SOURCES[name].folder if name in data.SOURCES else "")
     if not (files or args.dataset or name == "shapes" or needed.exists()):
         files = sorted((HERE / "assets" / "examples").glob("*.png"))[:args.count]
@@ -386,12 +382,9 @@ def load(args: argparse.Namespace, kind: str | None = None) -> Inputs:
                   f"{dataset.title} test images · {caption}")
 
 
-def find_folder(args: argparse.Namespace, settings: dict) -> Path:
-    """The folder of the data set: --data-dir or, for the data set of the checkpoint, that of its
-    settings. Weights may be from another machine, where CIFAR was elsewhere: then data/."""
-    if args.data_dir:
-        return args.data_dir
-    name = args.dataset or settings["dataset"]
+def find_folder(name: str, settings: dict) -> Path:
+    """Where a data set is: for that of the checkpoint, its settings say so. But the weights may be
+    from another machine: CIFAR is in data/ if it is not there."""
     own = Path(settings.get("data_dir", "data") if name == settings["dataset"] else "data")
     return Path("data") if name in data.SOURCES and not own.is_dir() else own
 
@@ -458,17 +451,22 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 # ------------------------------------------------------------------------------ layout
 
-# Lengths are pixels of the page. Plain numbers are distances by eye, for text 24 pixels high.
+# Lengths are in pixels of the page. Plain numbers are distances by eye, for text 24 pixels high.
+PORTRAIT, CARD = 192, 520       # `predict`: the width of an image, and of an image with its bars
+TRUE, WRONG, OTHER = (160, 205, 236), (248, 184, 140), FAINT        # its bars
+LARGEST = 1e99                  # `curves`: larger values are not drawn, since sums would overflow
+STAGE = 224                     # `architecture`: the side of an image
 
 
 def draw_grid(groups: list[list[tuple]], title: str, caption: str, color_label: str = "",
               outline: tuple[int, int, int] | None = None) -> Image.Image:
-    """Square tiles in columns, as large as the sheet's width allows. groups: lists of columns,
-    with wider gaps between the groups. A column: its heading, tiles uint8 (n, 3, H, W), and a note
-    under each, or none. color_label: what the colors of `heat` mean. outline: y, x and side of a square to outline in every tile."""
+    """Square tiles in columns, as large as the page's width allows. groups: lists of columns, with
+    wider gaps between the groups. A column: its heading, its tiles uint8 (n, 3, H, W), and a note
+    under each, or []. color_label: what the colors of `heat` mean. outline: y, x and side of a
+    square to outline in every tile."""
     columns = [column for group in groups for column in group]
     W, rows = columns[0][1].shape[-1], max(len(tiles) for _, tiles, _ in columns)
-    notes = [note for *_, notes in columns for note in notes]
+    notes = [note for *_, below in columns for note in below]
     texts = [heading for heading, *_ in columns] + notes
     between = 4 * GAP * (len(groups) - 1)                   # the gaps between groups, in all
     room = WIDTH - 2 * MARGIN - between - GAP * len(columns)
@@ -479,10 +477,10 @@ def draw_grid(groups: list[list[tuple]], title: str, caption: str, color_label: 
                   34 + rows * pitch + (38 if color_label else -GAP), title, caption)
     x = MARGIN
     for group in groups:
-        for heading, tiles, notes in group:
+        for heading, tiles, below in group:
             left, middle = x + (width - side) // 2, x + width / 2
             sheet.text(middle, sheet.top + 24, heading, GRAY, "ms", width)
-            for row, (tile, note) in enumerate(zip(tiles, notes or [""] * rows)):
+            for row, (tile, note) in enumerate(zip(tiles, below or [""] * rows)):
                 y = sheet.top + 34 + row * pitch
                 sheet.tile(left, y, tile, side)
                 sheet.text(middle, y + side + 24, note, GRAY, "ms", width)
@@ -495,10 +493,6 @@ def draw_grid(groups: list[list[tuple]], title: str, caption: str, color_label: 
         sheet.tile(MARGIN, sheet.bottom - 20, heat(torch.linspace(0, 1, 240).expand(20, -1)), 240)
         sheet.text(MARGIN + 256, sheet.bottom - 10, color_label, anchor="lm")
     return sheet.picture()
-
-
-PORTRAIT, CARD = 192, 520       # the width of an image, and of an image with its bars
-TRUE, WRONG, OTHER = (160, 205, 236), (248, 184, 140), FAINT        # colors of bars
 
 
 def draw_cards(inputs: Inputs, guesses: list[list[tuple]], caption: str) -> Image.Image:
@@ -521,9 +515,6 @@ def draw_cards(inputs: Inputs, guesses: list[list[tuple]], caption: str) -> Imag
             sheet.text(x + 8, top + 14, name, anchor="lm", fit=width - 106)
             sheet.text(x + width - 8, top + 14, f"{100 * value:.1f} %", anchor="rm")
     return sheet.picture()
-
-
-LARGEST = 1e99                  # larger values are not drawn: sums would overflow
 
 
 def plot_curves(runs: dict[str, list[dict]], caption: str = "") -> Image.Image:
@@ -593,9 +584,6 @@ def ticks(low: float, high: float) -> list[tuple[float, str]]:
     form = f".{decimals}f" if decimals < 6 and step < 1e5 else ".1e"
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [(i * step, f"{i * step:{form}}") for i in range(first, last + 1)]
-
-
-STAGE = 224                     # the side of an image in the figure
 
 
 def draw_flow(stages: list[tuple], title: str, caption: str) -> Image.Image:
