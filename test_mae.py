@@ -9,6 +9,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -1552,7 +1553,7 @@ def test_every_command_in_the_readme_works(cifar_is_here, data_dir, pictures, mo
 def test_every_snippet_in_the_readme_works(snippet, monkeypatch):
     if "timm" in snippet:
         try:
-            import timm
+            importlib.import_module("timm")
         except Exception as error:  # it, or what it needs, is missing or does not fit torch
             pytest.skip(f"timm cannot be imported: {error}")
     monkeypatch.chdir(HERE)
