@@ -974,7 +974,7 @@ def test_a_log_or_a_picture_that_cannot_be_written_costs_a_note(name, flags, run
 
 
 def test_a_picture_that_fails_costs_a_note_with_the_traceback(flags, monkeypatch, capsys):
-    monkeypatch.setattr(visualize, "Sheet", lambda *_: 1 / 0)
+    monkeypatch.setattr(visualize, "Canvas", lambda *_: 1 / 0)
     pretrain.main([*map(str, flags["pretrain"]), "--epochs", "1", "--out", "run"])
     out, err = capsys.readouterr()
     assert "done  " in out

@@ -9,10 +9,11 @@ Input: a checkpoint and images, or the folder of a run. Output: a picture. In th
     curves        losses, accuracies, learning rates        of one run or several
     attention     where a token looks, head by head         ViT, section 4.5
     embeddings    positions compared, patch filters         ViT, figure 7
-    architecture  a batch on its way through the model      MAE, figure 1
+    architecture  an image on its way through the model     MAE, figure 1
 
-Each picture is one function, `draw_NAME(args)`, followed by its helpers. The plumbing comes last:
-input, layout, drawing, program. A new picture needs its function and a line in `make_parser`.
+Each picture is one function, `draw_NAME(args)`: what is shown comes first, how it is put together
+is at the end, in "layout" and "drawing". A new picture needs its function and a line in
+`make_parser`; a new flag, a line in `FLAGS`.
 MAE: He et al. 2021, arXiv 2111.06377. ViT: Dosovitskiy et al. 2020, arXiv 2010.11929.
 """
 import argparse
@@ -25,11 +26,13 @@ import math
 import sys
 import textwrap
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 import data
@@ -38,6 +41,7 @@ from data import BadInput
 
 HERE = Path(__file__).parent
 WIDTH, MARGIN, GAP = 1720, 40, 6        # pixels: about twice the width of a README
+TEXT, LINE = 24, 28                     # pixels: the size of letters, the height of a line
 SHARP = 3                               # pages are drawn this many times larger, then reduced
 INK, GRAY, FAINT, PAPER = (31, 35, 40), (95, 103, 112), (222, 226, 231), (255, 255, 255)
 PALE, HIDDEN = (246, 248, 250), 195     # a background; the gray level of a masked patch
@@ -101,8 +105,9 @@ def draw_triples(tiles: Tensor, title: str, caption: str, errors=(), labels=()) 
     notes, groups = [f"error {error:.4f}" for error in errors], []
     for start in range(across):
         masked, filled, original = tiles[start::across].unbind(dim=1)
-        groups.append([("masked", masked, []), ("reconstruction", filled, notes[start::across]),
-                       ("original", original, labels[start::across])])
+        groups.append([Column("masked", masked),
+                       Column("reconstruction", filled, notes[start::across]),
+                       Column("original", original, labels[start::across])])
     return draw_grid(groups, title, caption)
 
 
@@ -110,11 +115,12 @@ def draw_ratios(args: argparse.Namespace) -> Image.Image:
     """One row per image, with more and more of it masked (MAE, figure 4)."""
     inputs = load(args, "pretrain")
     noise = random_noise(inputs.images, inputs.model, args.seed)    # the same for all ratios
-    groups = [[("original", inputs.images, inputs.labels)]]
+    groups = [[Column("original", inputs.images, inputs.labels)]]
     for ratio in (0.5, 0.75, 0.85, 0.95):
         tiles, errors = reconstruct(inputs.model, inputs.images, noise, mask_ratio=ratio)
-        groups.append([(f"{100 * ratio:g} % masked", tiles[:, 0], []),
-                       ("reconstruction", tiles[:, 1], [f"error {e:.4f}" for e in errors])])
+        notes = [f"error {error:.4f}" for error in errors]
+        groups.append([Column(f"{100 * ratio:g} % masked", tiles[:, 0]),
+                       Column("reconstruction", tiles[:, 1], notes)])
     return draw_grid(groups, "How much can be hidden?", inputs.caption)
 
 
@@ -130,9 +136,9 @@ def draw_timeline(args: argparse.Namespace) -> Image.Image | list[Image.Image]:
         return [draw_triples(epochs[epoch], f"Reconstructions after epoch {epoch}", caption)
                 for epoch in shown]
     masked, _, original = epochs[shown[-1]].unbind(dim=1)   # (B, 3, H, W) each
-    filled = [(f"epoch {epoch}" if epoch else "untrained", epochs[epoch][:, 1], [])
+    filled = [Column(f"epoch {epoch}" if epoch else "untrained", epochs[epoch][:, 1])
               for epoch in shown]
-    return draw_grid([[("masked", masked, [])], filled, [("original", original, [])]],
+    return draw_grid([[Column("masked", masked)], filled, [Column("original", original)]],
                      "Reconstructions as pre-training goes on", caption)
 
 
@@ -220,9 +226,9 @@ def draw_attention(args: argparse.Namespace) -> Image.Image:
     gray = images.float().mean(dim=1)[:, None, None]                        # (B, 1, 1, H, W)
     overlaid = (0.35 * gray + 0.65 * colors).round().to(torch.uint8)
     *heads, mean = overlaid.unbind(dim=1)                                   # (B, 3, H, W) each
-    groups = [[("image", images, inputs.labels)],
-              [(f"head {i + 1}", head, []) for i, head in enumerate(heads)],
-              [("mean", mean, [])]]
+    groups = [[Column("image", images, inputs.labels)],
+              [Column(f"head {i + 1}", head) for i, head in enumerate(heads)],
+              [Column("mean", mean)]]
     caption += f" · block {block} of {encoder.depth} · nothing masked"
     if getattr(model, "pool", None) == "mean" and not patch:
         caption += " · its head reads the patches, not this token"
@@ -243,21 +249,22 @@ def draw_embeddings(args: argparse.Namespace) -> Image.Image:
     positions = {"encoder": encoder.pos_embed[0]}           # (N, D)
     if isinstance(model, mae.MAEViT):                       # (N, D'), without the class token's
         positions["decoder"] = model.decoder.pos_embed[0, 1:]
-    groups = []
+    parts = []
     for name, embedding in positions.items():
         embedding = nn.functional.normalize(embedding - embedding.mean(dim=0), dim=1)
         similarity = (embedding @ embedding.T).view(side, side, side, side)
         similarity = similarity[::every, ::every].flatten(0, 1)         # (maps, side, side)
-        maps = mosaic(heat((similarity + 1) / 2), size)
-        groups.append([(f"position embeddings of the {name}", maps[None], [])])
+        parts.append([label(f"position embeddings of the {name}", GRAY),
+                      mosaic(heat((similarity + 1) / 2), size)])
     filters = encoder.patch_embed.proj.weight               # (D, 3, p, p)
     count = min(14, math.isqrt(encoder.dim)) ** 2           # the largest, as many as fill a square
     filters = filters[filters.flatten(1).norm(dim=1).argsort(descending=True)[:count]]
     filters = filters / filters.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-9)
-    groups.append([(f"{count} of {encoder.dim} patch filters",
-                    mosaic(data.unscale(filters), size)[None], [])])
-    return draw_grid(groups, "Position embeddings and patch filters", caption,
-                     "each map: cosine similarity of its position with all others, -1 to 1")
+    parts.append([label(f"{count} of {encoder.dim} patch filters", GRAY),
+                  mosaic(data.unscale(filters), size)])
+    legend = draw_scale("each map: cosine similarity of its position with all others, -1 to 1")
+    body = stacked([beside([stacked(part, align=0.5) for part in parts], 30), legend], 16)
+    return page(body, "Position embeddings and patch filters", caption)
 
 
 # ------------------------------------------------------------------------------ architecture
@@ -275,9 +282,9 @@ def draw_architecture(args: argparse.Namespace) -> Image.Image:
 
 
 @torch.no_grad()
-def make_stages(model: mae.MAEViT, image: Tensor, noise: Tensor) -> list[tuple]:
-    """The stages for `draw_flow` of an image, uint8 (3, H, W), with noise (1, N). The tensors are
-    those that the model itself computes."""
+def make_stages(model: mae.MAEViT, image: Tensor, noise: Tensor) -> list["Stage"]:
+    """The way of an image, uint8 (3, H, W), with noise (1, N). The tensors are those that the model
+    itself computes."""
     images, p = data.scale(image[None]), model.encoder.patch_size       # (1, 3, H, W)
     (loss, pred, mask), calls = record_calls(model, images, noise)      # pred (1, N, 3*p*p)
     (tokens, *_), (visible, ids_restore, _) = calls["shuffle"]  # (1, N, D), (1, K, D), (1, N)
@@ -298,27 +305,30 @@ def make_stages(model: mae.MAEViT, image: Tensor, noise: Tensor) -> list[tuple]:
     class_row = torch.full((math.isqrt(N), 3, p, p), 255, dtype=torch.uint8)
     class_row[0] = ORANGE                                   # the class token on a row of its own
     all_tokens = torch.cat([class_row, torch.where(masked, SLATE, original)])
+    # The loss of one patch is that of a mask with a single 1: torch.eye(N) has one in each row.
     errors = torch.stack([model.loss(patches, pred, one[None]) for one in torch.eye(N)])    # (N,)
     colors = heat((errors / errors[mask[0].bool()].max())[:, None, None])   # (N, 3, 1, 1)
     return [
-        ("images", image[None], "scaled to -1..1", shape(images), "cut up"),
-        ("patches", original, f"{N} of {p} x {p} pixels", shape(patches), "embed, add position"),
-        ("tokens", original.masked_fill(masked, HIDDEN), f"{N - K} of {N} masked", shape(tokens),
-         f"shuffle, keep {K}"),
-        ("visible tokens", kept, f"{K}, in shuffled order", shape(visible),
-         f"put the class token in front: {shape(latent)}"),
-        ("encoder", *describe(model.encoder, "LayerNorm"), shape(latent),
-         "project, fill, unshuffle"),
-        ("all positions", all_tokens, "orange: class token, blue: masked", shape(filled),
-         "add positions"),
-        ("decoder", *describe(model.decoder, "linear head"), shape(pred), "without class token"),
-        ("prediction", cut(to_pixels(model, pred, patches)), "visible: no loss", shape(pred),
-         "compare with"),
-        ("original", original, "each patch normalized" if model.norm_pix_loss else "every patch",
-         shape(patches), "mean squared error"),
-        ("error per patch", colors.masked_fill(~masked, HIDDEN), "gray: visible, no loss",
-         shape(mask), "mean over masked"),
-        ("loss", [f"{loss:.4f}"], f"over {N - K} patches", "", ""),
+        Stage("images", image[None], "scaled to -1..1", shape(images), "cut up"),
+        Stage("patches", original, f"{N} of {p} x {p} pixels", shape(patches),
+              "embed, add position"),
+        Stage("tokens", original.masked_fill(masked, HIDDEN), f"{N - K} of {N} masked",
+              shape(tokens), f"shuffle, keep {K}"),
+        Stage("visible tokens", kept, f"{K}, in shuffled order", shape(visible),
+              f"put the class token in front: {shape(latent)}"),
+        Stage("encoder", *describe(model.encoder, "LayerNorm"), shape(latent),
+              "project, fill, unshuffle"),
+        Stage("all positions", all_tokens, "orange: class token, blue: masked", shape(filled),
+              "add positions"),
+        Stage("decoder", *describe(model.decoder, "linear head"), shape(pred),
+              "without class token"),
+        Stage("prediction", cut(to_pixels(model, pred, patches)), "visible: no loss", shape(pred),
+              "compare with"),
+        Stage("original", original, "each patch normalized" if model.norm_pix_loss else
+              "every patch", shape(patches), "mean squared error"),
+        Stage("error per patch", colors.masked_fill(~masked, HIDDEN), "gray: visible, no loss",
+              shape(mask), "mean over masked"),
+        Stage("loss", [f"{loss:.4f}"], f"over {N - K} patches"),
     ]
 
 
@@ -455,70 +465,73 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 # ------------------------------------------------------------------------------ layout
 
-# Lengths are in pixels of the page. Plain numbers are distances by eye, for text 24 pixels high.
-PORTRAIT, CARD = 192, 520       # `predict`: the width of an image, and of an image with its bars
+# A picture is put together from smaller ones, `beside` each other or `stacked`; `page` adds the
+# title. Lengths are in pixels.
+PORTRAIT, BAR = 192, 308        # `predict`: the widths of an image and of a bar
 TRUE, WRONG, OTHER = (160, 205, 236), (248, 184, 140), FAINT        # its bars
 LARGEST = 1e99                  # `curves`: larger values are not drawn, since sums would overflow
 STAGE = 224                     # `architecture`: the side of an image
 
 
-def draw_grid(groups: list[list[tuple]], title: str, caption: str, color_label: str = "",
+class Column(NamedTuple):
+    """A column of `draw_grid`."""
+    heading: str
+    tiles: Tensor               # square images, uint8 (n, 3, H, W)
+    notes: Sequence[str] = ()   # one under each of them, or none
+
+
+def draw_grid(groups: list[list[Column]], title: str, caption: str, scale: str = "",
               outline: tuple[int, int, int] | None = None) -> Image.Image:
-    """Square tiles in columns, as large as the page's width allows. groups: lists of columns, with
-    wider gaps between the groups. A column: its heading, its tiles uint8 (n, 3, H, W), and a note
-    under each, or []. color_label: what the colors of `heat` mean. outline: y, x and side of a
-    square to outline in every tile."""
+    """Columns of tiles, as large as the page's width allows, with wider gaps between the groups.
+    scale: what the colors of `heat` mean. outline: see `enlarge`."""
     columns = [column for group in groups for column in group]
-    W, rows = columns[0][1].shape[-1], max(len(tiles) for _, tiles, _ in columns)
-    notes = [note for *_, below in columns for note in below]
-    texts = [heading for heading, *_ in columns] + notes
-    between = 4 * GAP * (len(groups) - 1)                   # the gaps between groups, in all
-    room = WIDTH - 2 * MARGIN - between - GAP * len(columns)
-    side = W * max(1, min(320, room // len(columns)) // W)  # of a drawn tile
-    width = max(side, min(176, math.ceil(max(map(text_width, texts)))))     # of a column
-    pitch = side + (42 if any(notes) else GAP)
-    sheet = Sheet(max(680, 2 * MARGIN + between - GAP + (width + GAP) * len(columns)),
-                  34 + rows * pitch + (38 if color_label else -GAP), title, caption)
-    x = MARGIN
-    for group in groups:
-        for heading, tiles, below in group:
-            left, middle = x + (width - side) // 2, x + width / 2
-            sheet.text(middle, sheet.top + 24, heading, GRAY, "ms", width)
-            for row, (tile, note) in enumerate(zip(tiles, below or [""] * rows)):
-                y = sheet.top + 34 + row * pitch
-                sheet.tile(left, y, tile, side)
-                sheet.text(middle, y + side + 24, note, GRAY, "ms", width)
-                if outline:
-                    top, start, length = (value * side // W for value in outline)
-                    sheet.box(left + start, y + top, length, length, PAPER)
-            x += width + GAP
-        x += 4 * GAP
-    if color_label:
-        sheet.tile(MARGIN, sheet.bottom - 20, heat(torch.linspace(0, 1, 240).expand(20, -1)), 240)
-        sheet.text(MARGIN + 256, sheet.bottom - 10, color_label, anchor="lm")
-    return sheet.picture()
+    texts = [text for column in columns for text in (column.heading, *column.notes)]
+    room = WIDTH - 2 * MARGIN - GAP * len(columns) - 4 * GAP * (len(groups) - 1)
+    side = columns[0].tiles.shape[-1]                       # of an image, then of a drawn tile:
+    side *= max(1, min(320, room // len(columns)) // side)  # each pixel becomes a square
+    width = max(side, min(176, math.ceil(max(map(text_width, texts)))))
+    has_notes = any(column.notes for column in columns)
+
+    def draw(column: Column) -> Image.Image:
+        parts = [label(column.heading, GRAY, width, "m")]
+        for i, tile in enumerate(column.tiles):
+            parts.append(enlarge(tile, side, outline))
+            if has_notes:
+                parts.append(label(column.notes[i] if column.notes else "", GRAY, width, "m"))
+        return stacked(parts, align=0.5)
+
+    body = beside([beside([draw(column) for column in group]) for group in groups], 5 * GAP)
+    if scale:
+        body = stacked([body, draw_scale(scale)], 16)
+    return page(body, title, caption)
 
 
-def draw_cards(inputs: Inputs, guesses: list[list[tuple]], caption: str) -> Image.Image:
+def draw_scale(text: str) -> Image.Image:
+    """The colors of `heat`, and what they mean."""
+    return beside([enlarge(heat(torch.linspace(0, 1, 240).expand(LINE, -1)), 240), label(text)], 16)
+
+
+def draw_cards(inputs: "Inputs", guesses: list[list[tuple]], caption: str) -> Image.Image:
     """Images, up to three in a row, each beside its guesses as bars. guesses: for each image,
     (class, probability), the largest first."""
-    rows, width = math.ceil(len(guesses) / 3), CARD - PORTRAIT - 20         # width of a bar
-    across, step, pitch = math.ceil(len(guesses) / rows), CARD + 40, PORTRAIT + 28
-    sheet = Sheet(2 * MARGIN - 40 + across * step, rows * pitch - 20, "Predictions", caption)
-    for i, best in enumerate(guesses):
-        x, y = MARGIN + i % across * step, sheet.top + 8 + i // across * pitch
-        sheet.tile(x, y, inputs.images[i], PORTRAIT)
-        x += PORTRAIT + 20
-        sheet.text(x, y + 12, inputs.labels[i], anchor="lm", fit=width)
-        truth = inputs.truths[i] or best[0][0]
-        for j, (name, value) in enumerate(best):
-            top = y + 36 + 32 * j
-            color = TRUE if name == truth else WRONG if j == 0 else OTHER
-            sheet.box(x, top, width, 28, fill=PALE)
-            sheet.box(x, top, round(width * value), 28, fill=color)
-            sheet.text(x + 8, top + 14, name, anchor="lm", fit=width - 106)
-            sheet.text(x + width - 8, top + 14, f"{100 * value:.1f} %", anchor="rm")
-    return sheet.picture()
+    cards = []
+    for image, name, truth, best in zip(inputs.images, inputs.labels, inputs.truths, guesses):
+        bars = [label(name, width=BAR)]
+        for i, (guess, probability) in enumerate(best):
+            color = TRUE if guess == (truth or best[0][0]) else WRONG if i == 0 else OTHER
+            bars.append(draw_bar(guess, probability, color))
+        cards.append(beside([enlarge(image, PORTRAIT), stacked(bars, 4)], 20))
+    across = math.ceil(len(cards) / math.ceil(len(cards) / 3))      # four images: two by two
+    return page(table(cards, across, 40, 28), "Predictions", caption)
+
+
+def draw_bar(name: str, probability: float, color: tuple[int, int, int]) -> Image.Image:
+    canvas = Canvas(BAR, LINE)
+    canvas.box(0, 0, BAR, LINE, PALE)
+    canvas.box(0, 0, round(BAR * probability), LINE, color)
+    canvas.text(8, LINE / 2, name, anchor="lm", fit=BAR - 106)
+    canvas.text(BAR - 8, LINE / 2, f"{100 * probability:.1f} %", anchor="rm")
+    return canvas.picture()
 
 
 def plot_curves(runs: dict[str, list[dict]], caption: str = "") -> Image.Image:
@@ -526,58 +539,63 @@ def plot_curves(runs: dict[str, list[dict]], caption: str = "") -> Image.Image:
     numbers, at least one. Raises BadInput if there are more runs than colors."""
     if len(runs) > len(COLORS):
         raise BadInput(f"{len(runs)} runs are too many for one picture: give at most {len(COLORS)}")
-    panels = {}                                             # title: lines, as in `draw_panel`
+    panels = {}                                             # title: curves, as in `draw_panel`
     for title, columns in PANELS.items():
         for rows, color in zip(runs.values(), COLORS):
             if any(next(iter(columns)) in row for row in rows):
                 for name, width in columns.items():
                     points = np.array([(row["epoch"], row.get(name, math.nan)) for row in rows])
                     panels.setdefault(title, []).append((*points.T, color, width))
-    across, room, height = len(panels) if len(panels) < 4 else 2, WIDTH - 2 * MARGIN, 460
+    room = WIDTH - 2 * MARGIN
     entries = 3 if len(runs) > 2 else 2                     # of the legend, in a line
-    legend = 38 * math.ceil(len(runs) / entries) + 16       # height
-    sheet = Sheet(WIDTH, legend + height * math.ceil(len(panels) / across), "Training curves",
-                  f"{caption} · thick: test, thin: train".removeprefix(" · "))
-    for i, (label, color) in enumerate(zip(runs, COLORS)):
-        left, y = MARGIN + i % entries * room // entries, sheet.top + 18 + i // entries * 38
-        sheet.line([(left, y), (left + 52, y)], color, THICK)
-        sheet.text(left + 64, y, label, anchor="lm", fit=room // entries - 84)
-    for i, (title, lines) in enumerate(panels.items()):
-        left, top = MARGIN + i % across * room // across, sheet.top + legend + i // across * height
-        draw_panel(sheet, (left, top, left + room // across, top + height), title, lines)
-    return sheet.picture()
+    legend = [draw_entry(name, color, room // entries) for name, color in zip(runs, COLORS)]
+    across = len(panels) if len(panels) < 4 else 2
+    panels = [draw_panel(title, curves, room // across, 460) for title, curves in panels.items()]
+    body = stacked([table(legend, entries, 0, 10), table(panels, across, 0, 0)], 24)
+    return page(body, "Training curves", f"{caption} · thick: test, thin: train".strip(" ·"))
 
 
-def draw_panel(sheet: "Sheet", box: tuple, title: str, lines: list[tuple]) -> None:
-    """Axes and curves in the box (left, top, right, bottom). lines: (epochs (n,), values (n,),
-    color, width); values that are not finite are gaps."""
-    left, top, right, bottom = box[0] + 108, box[1] + 44, box[2] - 16, box[3] - 80
-    sheet.text(left, box[1] + 32, title, anchor="ls", fit=right - left)
-    sheet.text((left + right) / 2, bottom + 46, "epoch", GRAY, "ma")
-    values = np.concatenate([ys[abs(ys) < LARGEST] for _, ys, _, _ in lines])
-    x1 = 1.02 * max(1, *(xs.max() for xs, _, _, _ in lines))        # from 0
-    y0, y1 = (values.min(), values.max()) if len(values) else (0, 1)
+def draw_entry(name: str, color: tuple[int, int, int], width: int) -> Image.Image:
+    """A run's entry in the legend."""
+    canvas = Canvas(width, LINE)
+    canvas.line([(0, LINE / 2), (52, LINE / 2)], color, THICK)
+    canvas.text(64, LINE / 2, name, anchor="lm", fit=width - 84)
+    return canvas.picture()
+
+
+def draw_panel(title: str, curves: list[tuple], width: int, height: int) -> Image.Image:
+    """Axes and curves: (epochs (n,), values (n,), color, width of the line). Values that are not
+    finite are gaps."""
+    canvas = Canvas(width, height)
+    left, top, right, bottom = 108, 44, width - 16, height - 80         # the axes
+    canvas.text(left, 32, title, anchor="ls", fit=right - left)
+    canvas.text((left + right) / 2, bottom + 46, "epoch", GRAY, "ma")
+    known = np.concatenate([values[abs(values) < LARGEST] for _, values, _, _ in curves])
+    x1 = 1.02 * max(1, *(epochs.max() for epochs, *_ in curves))        # from 0
+    y0, y1 = (known.min(), known.max()) if len(known) else (0, 1)
     pad = max(0.08 * (y1 - y0), 0.01 * max(abs(y0), abs(y1))) or 0.05
     y0, y1 = y0 - pad if y0 < 0 else max(y0 - pad, 0), y1 + pad
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        return left + x / x1 * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+    def place(epoch: float, value: float) -> tuple[float, float]:       # pixels
+        return (left + epoch / x1 * (right - left),
+                bottom - (value - y0) / (y1 - y0) * (bottom - top))
 
-    for value, label in ticks(y0, y1):
+    for value, text in ticks(y0, y1):
         y = round(place(0, value)[1])
-        sheet.line([(left, y), (right, y)], FAINT)
-        sheet.text(left - 10, y, label, GRAY, "rm", fit=98)
-    for value, _ in ticks(0, x1):
-        if value == round(value):                           # only whole epochs
-            x = round(place(value, y0)[0])
-            sheet.line([(x, bottom), (x, bottom + 8)], GRAY)
-            sheet.text(x, bottom + 12, f"{value:g}", GRAY, "ma")
-    sheet.line([(left, top), (left, bottom), (right, bottom)], GRAY)
-    for xs, ys, color, width in lines:
-        known = np.flatnonzero(abs(ys) < LARGEST)
+        canvas.line([(left, y), (right, y)], FAINT)
+        canvas.text(left - 10, y, text, GRAY, "rm", fit=98)
+    for epoch, _ in ticks(0, x1):
+        if epoch == round(epoch):                           # only whole epochs
+            x = round(place(epoch, y0)[0])
+            canvas.line([(x, bottom), (x, bottom + 8)], GRAY)
+            canvas.text(x, bottom + 12, f"{epoch:g}", GRAY, "ma")
+    canvas.line([(left, top), (left, bottom), (right, bottom)], GRAY)
+    for epochs, values, color, thickness in curves:
+        known = np.flatnonzero(abs(values) < LARGEST)
         for part in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1):
-            if len(part):
-                sheet.line([place(xs[i], ys[i]) for i in part], color, width)
+            if len(part):                                   # an unbroken piece
+                canvas.line([place(epochs[i], values[i]) for i in part], color, thickness)
+    return canvas.picture()
 
 
 def ticks(low: float, high: float) -> list[tuple[float, str]]:
@@ -590,37 +608,89 @@ def ticks(low: float, high: float) -> list[tuple[float, str]]:
     return [(i * step, f"{i * step:{form}}") for i in range(first, last + 1)]
 
 
-def draw_flow(stages: list[tuple], title: str, caption: str) -> Image.Image:
-    """Stages, four in a row, with an arrow from each to the next. A stage: its name; small images
-    uint8 (M, 3, h, h) or lines of text; a note; the texts over and under its arrow."""
-    step, pitch = (WIDTH - 2 * MARGIN - STAGE) // 3, STAGE + 172        # to the next stage, row
-    sheet = Sheet(WIDTH, math.ceil(len(stages) / 4) * pitch - 96, title, caption)
-    corners = [(MARGIN + i % 4 * step, sheet.top + 36 + i // 4 * pitch) for i in range(len(stages))]
-    for (name, content, note, _, _), (x, y) in zip(stages, corners):
+class Stage(NamedTuple):
+    """A step on the way through a model, and the arrow to the next one."""
+    name: str
+    content: Tensor | list[str]     # small square images, uint8 (M, 3, h, h), or lines of text
+    note: str
+    over_arrow: str = ""
+    under_arrow: str = ""
+
+
+def draw_flow(stages: list[Stage], title: str, caption: str) -> Image.Image:
+    """Stages, four in a row, with an arrow from each to the next."""
+    room = WIDTH - 2 * MARGIN
+    step, pitch = (room - STAGE) // 3, STAGE + 172          # to the next stage, to the next row
+    canvas = Canvas(room, math.ceil(len(stages) / 4) * pitch - 96)
+    corners = [(i % 4 * step, 36 + i // 4 * pitch) for i in range(len(stages))]     # top left
+    for stage, (x, y) in zip(stages, corners):
         middle = x + STAGE / 2
-        sheet.text(middle, y - 12, name, anchor="ms")
-        sheet.text(middle, y + STAGE + 30, note, GRAY, "ms")
-        if isinstance(content, Tensor):
-            sheet.tile(x, y, mosaic(content, STAGE), STAGE)
+        canvas.text(middle, y - 12, stage.name, anchor="ms")
+        canvas.text(middle, y + STAGE + 30, stage.note, GRAY, "ms")
+        if isinstance(stage.content, Tensor):
+            canvas.paste(middle, y + STAGE / 2, mosaic(stage.content, STAGE))
         else:
-            sheet.box(x, y, STAGE, STAGE, GRAY, fill=PALE, radius=14)
-            for i, line in enumerate(content):
-                sheet.text(middle, y + STAGE / 2 + 40 * (i - (len(content) - 1) / 2), line,
-                           anchor="mm")
-    for (*_, over, under), (x, y), (x1, y1) in zip(stages, corners, corners[1:]):
+            canvas.box(x, y, STAGE, STAGE, PALE, GRAY, radius=14)
+            for i, line in enumerate(stage.content):
+                below = 40 * (i - (len(stage.content) - 1) / 2)
+                canvas.text(middle, y + STAGE / 2 + below, line, anchor="mm")
+    for stage, (x, y), (x1, y1) in zip(stages, corners, corners[1:]):
         if y == y1:                                         # to the right
             y += STAGE // 2
-            points, turn = [(x + STAGE + 12, y), (x1 - 16, y)], 270
+            points = [(x + STAGE + 12, y), (x1 - 16, y)]
         else:                                               # around, to the next row
             x, x1, y = x + STAGE // 2, x1 + STAGE // 2, y1 - 84
-            points, turn = [(x, y - 12), (x, y), (x1, y), (x1, y1 - 44)], 180
-        sheet.line(points)
-        tip = [SHARP * value for value in (*points[-1], 9)]     # x, y, radius of the arrow's tip
-        sheet.draw.regular_polygon(tip, 3, turn, INK)
+            points = [(x, y - 12), (x, y), (x1, y), (x1, y1 - 44)]
+        canvas.arrow(points)
         middle = (points[0][0] + points[-1][0]) / 2
-        sheet.text(middle, y - 14, over, anchor="ms")
-        sheet.text(middle, y + 34, under, GRAY, "ms")
-    return sheet.picture()
+        canvas.text(middle, y - 14, stage.over_arrow, anchor="ms")
+        canvas.text(middle, y + 34, stage.under_arrow, GRAY, "ms")
+    return page(canvas.picture(), title, caption)
+
+
+def page(body: Image.Image, title: str, caption: str) -> Image.Image:
+    """A picture with a title and a caption above it, and a margin around it."""
+    lines = textwrap.wrap(caption, int(max(body.width, 600) / 11.5))    # 11.5: a usual letter
+    head = [label(title, size=32), *(label(line.strip(" ·"), GRAY) for line in lines)]
+    return ImageOps.expand(stacked([stacked(head, 4), body], 12), MARGIN, PAPER)
+
+
+def beside(pictures: list[Image.Image], gap: int = GAP) -> Image.Image:
+    """Pictures in a row, their tops level."""
+    width = sum(picture.width + gap for picture in pictures) - gap
+    whole = Image.new("RGB", (width, max(picture.height for picture in pictures)), PAPER)
+    x = 0
+    for picture in pictures:
+        whole.paste(picture, (x, 0))
+        x += picture.width + gap
+    return whole
+
+
+def stacked(pictures: list[Image.Image], gap: int = GAP, align: float = 0) -> Image.Image:
+    """Pictures below each other. align: 0 to begin on the left, 0.5 to center them."""
+    height = sum(picture.height + gap for picture in pictures) - gap
+    whole = Image.new("RGB", (max(picture.width for picture in pictures), height), PAPER)
+    y = 0
+    for picture in pictures:
+        whole.paste(picture, (round(align * (whole.width - picture.width)), y))
+        y += picture.height + gap
+    return whole
+
+
+def table(pictures: list[Image.Image], across: int, gap_x: int, gap_y: int) -> Image.Image:
+    """Pictures of one size in rows of `across`."""
+    rows = [pictures[i:i + across] for i in range(0, len(pictures), across)]
+    return stacked([beside(row, gap_x) for row in rows], gap_y)
+
+
+def label(text: str, color=INK, width: int | None = None, anchor: str = "l", size: int = TEXT
+          ) -> Image.Image:
+    """A line of text. width: of the picture, in which the text is cut if it is longer, and begins
+    on the left (anchor "l") or is in the middle ("m")."""
+    fit, width = width or math.inf, width or math.ceil(text_width(text, size))
+    canvas = Canvas(width, round(LINE * size / TEXT))
+    canvas.text(0 if anchor == "l" else width / 2, 0.9 * size, text, color, anchor + "s", fit, size)
+    return canvas.picture()
 
 
 # ------------------------------------------------------------------------------ drawing
@@ -634,45 +704,34 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     raise BadInput("this Pillow was built without FreeType and cannot draw text: install it again")
 
 
-def text_width(text: str) -> float:
-    """In pixels of the sheet."""
-    return font(SHARP * 24).getlength(text) / SHARP
+def text_width(text: str, size: int = TEXT) -> float:
+    return font(SHARP * size).getlength(plain(text)) / SHARP
 
 
-class Sheet:
-    """A white page with a title and a caption. x and y are pixels from its top left corner; below
-    `top` are `height` pixels for the picture. Everything is drawn SHARP times larger and reduced at
-    the end, which smooths lines and text."""
+def plain(text: str) -> str:
+    """Pillow's font has only ASCII and a few signs: letters lose their accents, others become ?."""
+    letters = [c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c)]
+    return "".join(c if " " <= c <= "~" or c in "·…" else "?" for c in letters)
 
-    def __init__(self, width: int, height: int, title: str, caption: str) -> None:
-        room = width - 2 * MARGIN
-        lines = textwrap.wrap(caption, int(room / 11.5))    # 11.5: pixels of a usual letter
-        self.top = MARGIN + 60 + 32 * len(lines)
-        self.bottom = self.top + height
-        self.canvas = Image.new("RGB", (SHARP * width, SHARP * (self.bottom + MARGIN)), PAPER)
-        self.draw = ImageDraw.Draw(self.canvas)
-        self.draw.text((SHARP * MARGIN, SHARP * MARGIN), title, INK, font(SHARP * 32))
-        for i, line in enumerate(lines):
-            self.text(MARGIN, MARGIN + 46 + 32 * i, line.strip(" ·"), GRAY, fit=room)
+
+class Canvas:
+    """A white picture to draw on. x and y are pixels from its top left corner. Everything is drawn
+    SHARP times larger and reduced at the end, which smooths lines and text."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.image = Image.new("RGB", (SHARP * width, SHARP * height), PAPER)
+        self.draw = ImageDraw.Draw(self.image)
 
     def picture(self) -> Image.Image:
-        return self.canvas.reduce(SHARP)
+        return self.image.reduce(SHARP)
 
-    def text(self, x: float, y: float, text: str, color=INK, anchor="la", fit=math.inf) -> None:
-        """One line, cut if it is more than `fit` pixels wide. Pillow's font has only ASCII and a
-        few signs: letters lose their accents, other letters become "?"."""
-        letters = [c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c)]
-        text = "".join(c if " " <= c <= "~" or c in "·…" else "?" for c in letters)
-        while len(text) > 1 and text_width(text) > fit:
+    def text(self, x: float, y: float, text: str, color=INK, anchor: str = "la",
+             fit: float = math.inf, size: int = TEXT) -> None:
+        """One line, cut if it is more than `fit` pixels wide."""
+        text = plain(text)
+        while len(text) > 1 and text_width(text, size) > fit:
             text = text[:-2] + "…"
-        self.draw.text((SHARP * x, SHARP * y), text, color, font(SHARP * 24), anchor)
-
-    def tile(self, x: int, y: int, pixels: Tensor, width: int) -> None:
-        """uint8 (3, H, W), drawn `width` pixels wide. Enlarged pixels are sharp squares."""
-        height = pixels.shape[-2] * width // pixels.shape[-1]
-        image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-        image = image.resize((SHARP * width, SHARP * height), Image.Resampling.BOX)
-        self.canvas.paste(image, (SHARP * x, SHARP * y))
+        self.draw.text((SHARP * x, SHARP * y), text, color, font(SHARP * size), anchor)
 
     def line(self, points: list[tuple[float, float]], color=INK, width: int = 2) -> None:
         """A line through points (x, y), or a dot if there is only one."""
@@ -682,9 +741,35 @@ class Sheet:
         else:
             self.draw.line(points, color, SHARP * width, "curve")
 
-    def box(self, x: int, y: int, width: int, height: int, outline=None, fill=None, radius=0):
+    def arrow(self, points: list[tuple[float, float]]) -> None:
+        """A line that ends in a tip, to the right or downwards."""
+        self.line(points)
+        (_, y0), (x, y) = points[-2:]
+        tip = [SHARP * value for value in (x, y, 9)]        # center and radius
+        self.draw.regular_polygon(tip, 3, 270 if y == y0 else 180, INK)
+
+    def box(self, x: float, y: float, width: float, height: float, fill, outline=None, radius=0
+            ) -> None:
         corners = [SHARP * value for value in (x, y, x + width, y + height)]
         self.draw.rounded_rectangle(corners, SHARP * radius, fill, outline, SHARP * 2)
+
+    def paste(self, x: float, y: float, picture: Image.Image) -> None:
+        """A picture around x, y."""
+        larger = ImageOps.scale(picture, SHARP, Image.Resampling.NEAREST)
+        self.image.paste(larger, (round(SHARP * x - larger.width / 2),
+                                  round(SHARP * y - larger.height / 2)))
+
+
+def enlarge(pixels: Tensor, width: int, outline: tuple[int, int, int] | None = None) -> Image.Image:
+    """uint8 (3, H, W) as a picture `width` pixels wide. Enlarged pixels are sharp squares. outline:
+    y, x and side of a square to outline, in pixels of the image."""
+    H, W = pixels.shape[1:]
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    image = image.resize((width, H * width // W), Image.Resampling.BOX)
+    if outline:
+        y, x, side = (value * width // W for value in outline)
+        ImageDraw.Draw(image).rectangle((x, y, x + side, y + side), outline=PAPER, width=2)
+    return image
 
 
 HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10),
@@ -698,21 +783,12 @@ def heat(values: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(channels, axis=-3).round().astype(np.uint8))
 
 
-def mosaic(images: Tensor, size: int) -> Tensor:
-    """Small square images in rows: uint8 (M, 3, h, h) -> (3, size, size), larger if need be."""
-    M, _, h, _ = images.shape
-    columns, gap = math.isqrt(M), 2
-    rows = math.ceil(M / columns)
-    enlarge = max(1, (size // rows - gap) // h)
-    images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    h, step = h * enlarge, h * enlarge + gap
-    size = max(size, rows * step - gap)
-    top, left = ((size - count * step + gap) // 2 for count in (rows, columns))
-    page = torch.full((3, size, size), 255, dtype=torch.uint8)
-    for i, image in enumerate(images):
-        y, x = top + i // columns * step, left + i % columns * step
-        page[:, y:y + h, x:x + h] = image
-    return page
+def mosaic(images: Tensor, size: int) -> Image.Image:
+    """Small square images, uint8 (M, 3, h, h), in rows, enlarged to about size x size pixels."""
+    columns, gap, side = math.isqrt(len(images)), 2, images.shape[-1]
+    rows = math.ceil(len(images) / columns)
+    side *= max(1, (size // rows - gap) // side)            # each pixel becomes a square
+    return table([enlarge(image, side) for image in images], columns, gap, gap)
 
 
 def save(picture: Image.Image | list[Image.Image], path: Path | str) -> None:
