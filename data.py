@@ -2,7 +2,9 @@
 
 Input: the name of a data set and a folder. Output: a `Dataset`, which holds the images for training
 and those for testing, each uint8 (n, 3, H, W), and their labels, int64 (n,). Flips, crops, color
-jitter and scaling are operations on whole batches, on the device where the tensors are. The
+jitter and scaling are operations on whole batches, on the device where the tensors are.
+
+In this order: data sets, batches, checkpoints, and the drawn `shapes`, which need no download. The
 plumbing (own pictures, download, files and errors, command line) comes last.
 
 CIFAR-10 and CIFAR-100: Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images. The
@@ -239,7 +241,7 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4)
     if kind in ("crop", "color"):
         shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator, device=device)
         rows, columns = rows + shift[0], columns + shift[1]
-    rows = (H - 1) - ((H - 1) - rows.abs()).abs()           # mirror at both edges
+    rows = (H - 1) - ((H - 1) - rows.abs()).abs()           # mirrored: -1 -> 1, H -> H - 2
     columns = (W - 1) - ((W - 1) - columns.abs()).abs()
     batch = torch.arange(B, device=device)[:, None, None]
     images = images[batch, :, rows[:, :, None], columns[:, None, :]]    # (B, H, W, 3)
@@ -285,8 +287,9 @@ def mixup_or_cutmix(images: Tensor, labels: Tensor,
 
     rows_in_box, columns_in_box = near_random_center(H), near_random_center(W)
     box = rows_in_box[:, :, None] & columns_in_box[:, None, :]                      # (B, H, W)
-    weight = torch.where(uniform(B, 1, 1) < 0.5, lam[:, :, None], 1.0 - box.float())
-    share = weight.mean(dim=(1, 2))[:, None]                # not `lam`: edges cut boxes off
+    is_mixup = uniform(B, 1, 1) < 0.5                       # (B, 1, 1), or else CutMix
+    weight = torch.where(is_mixup, lam[:, :, None], 1.0 - box.float())  # (B, H, W) own share
+    share = weight.mean(dim=(1, 2))[:, None]                # (B, 1) not `lam`: edges cut boxes off
     return (torch.lerp(images.roll(1, 0).float(), images.float(), weight[:, None]),
             torch.lerp(labels.roll(1, 0), labels, share))
 

@@ -59,8 +59,8 @@ FULL = dict(VIT_TINY, pool="cls", epochs=100, warmup=0.05, batch_size=128, base_
 PROBE_FIXED = dict(             # a linear probe refuses other values of these
     optimizer="adamw", layer_decay=1.0, augment="none", patch_dropout=0.0, mix=False, whole=0.0,
     repeat=1, compile=False)
-PROBE = dict(PROBE_FIXED, epochs=100, warmup=0.1, batch_size=512, micro_batch_size=64, base_lr=1e-2,
-             weight_decay=0.0, checkpoint_every=10)
+PROBE = dict(PROBE_FIXED, epochs=100, warmup=0.1, batch_size=512, base_lr=1e-2, weight_decay=0.0,
+             checkpoint_every=10, micro_batch_size=64)      # all patches are visible: more memory
 DEFAULTS = {                    # by kind of training and recipe: what differs from those above
     "finetune": {"laptop": dict(), "lunch": dict(LUNCH, base_lr=1.4e-2), "full": FULL},
     "scratch": {                # best from scratch: an eighth of the learning rate, no layer decay
@@ -238,7 +238,8 @@ def layers_above(name: str, depth: int) -> int:
 
 def probe(settings: FinetuneSettings, machine: Machine, checkpoint: dict | None) -> None:
     """Train a linear layer on the features of a frozen encoder, which are computed once (MAE,
-    section 4.1 and appendix A.1). Several processes all compute the same.
+    section 4.1 and appendix A.1). Several processes all compute the same. The features are
+    normalized with the mean and variance of all training images, in place of the paper's BatchNorm.
 
     checkpoint: the one to resume from, or None.
     """
