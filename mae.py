@@ -106,21 +106,23 @@ class PatchShuffle(nn.Module):
         super().__init__()
         self.mask_ratio = mask_ratio
 
-    def count_visible(self, N: int) -> int:
-        """K, the number of visible tokens out of N."""
-        K = round(N * (1 - self.mask_ratio))
+    def count_visible(self, N: int, mask_ratio: float | None = None) -> int:
+        """K, the number of visible tokens out of N. mask_ratio: replaces the module's own."""
+        ratio = self.mask_ratio if mask_ratio is None else mask_ratio
+        K = round(N * (1 - ratio))
         if not 0 < K < N:
             kind = "visible" if K <= 0 else "masked"
-            raise ValueError(f"a ratio of {self.mask_ratio} leaves no {kind} patch out of {N}")
+            raise ValueError(f"a ratio of {ratio} leaves no {kind} patch out of {N}")
         return K
 
-    def forward(self, tokens: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, tokens: Tensor, noise: Tensor | None = None,
+                mask_ratio: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, D) -> visible (B, K, D), ids_restore (B, N), mask (B, N): 1 masked, 0 visible.
 
         noise: (B, N), uniform. Its order is the shuffle: the same noise masks the same tokens.
         """
         B, N, _ = tokens.shape
-        K = self.count_visible(N)
+        K = self.count_visible(N, mask_ratio)
         if noise is None:
             noise = torch.rand(B, N, device=tokens.device)
         ids_shuffle = noise.argsort(dim=1)                  # (B, N) place -> token
@@ -365,13 +367,11 @@ class MAEViT(nn.Module):
     def forward(self, images: Tensor, noise: Tensor | None = None,
                 mask_ratio: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, 3, H, W), noise (B, N) -> loss (), pred (B, N, 3*p*p), mask (B, N).
-
-        mask_ratio: replaces the model's own.
-        """
-        shuffle = self.shuffle if mask_ratio is None else PatchShuffle(mask_ratio)
+        mask_ratio: replaces the model's own."""
         patches = self.encoder.patchify(images)             # (B, N, 3*p*p)
         tokens = self.encoder.embed(patches)                # (B, N, D)
-        visible, ids_restore, mask = shuffle(tokens, noise)     # (B, K, D), (B, N), (B, N)
+        visible, ids_restore, mask = self.shuffle(tokens, noise, mask_ratio)
+        # visible (B, K, D), ids_restore (B, N), mask (B, N)
         latent = self.encoder(visible)                      # (B, 1 + K, D)
         pred = self.decoder(latent, ids_restore)            # (B, N, 3*p*p)
         return self.loss(patches, pred, mask), pred, mask

@@ -1392,20 +1392,26 @@ def test_every_picture_is_drawn(command, runs):
         assert len(below.getcolors(1 << 24)) > 20
 
 
-def test_pictures_are_true_if_patches_are_masked_in_another_way(monkeypatch):
-    """Here all but the last four are masked, whatever the noise says."""
-    forward = PatchShuffle.forward
-    monkeypatch.setattr(PatchShuffle, "forward", lambda self, tokens, noise=None: forward(
-        self, tokens, -torch.arange(tokens.shape[1]).expand(tokens.shape[:2])))
+def test_pictures_are_true_if_patches_are_masked_in_another_way():
+    """Here the last ones stay visible, whatever the noise says."""
+    class FromTheEnd(PatchShuffle):
+        def forward(self, tokens, noise=None, mask_ratio=None):
+            order = -torch.arange(tokens.shape[1]).expand(tokens.shape[:2])
+            return super().forward(tokens, order, mask_ratio)
+
+    model = tiny_mae()
+    model.shuffle = FromTheEnd(0.75)
     images, noise, gray = data.unscale(random_images(1)), random_noise(1, 16), visualize.HIDDEN
-    stages = visualize.make_stages(tiny_mae(), images[0], noise)
+    stages = visualize.make_stages(model, images[0], noise)
     shown = {name: content for name, content, *_ in stages}
     patches, tokens, errors = (shown[name] for name in ("patches", "tokens", "error per patch"))
     assert shown["visible tokens"].equal(patches.flip(0)[:4])
     assert tokens[12:].equal(patches[12:]) and (tokens[:12] == gray).all()
     assert (errors[12:] == gray).all() and not (errors[:12] == gray).all()
-    tiles, _ = visualize.reconstruct(tiny_mae(), images, noise)
-    assert tiles[:, 0, :, 24:].equal(images[:, :, 24:]) and (tiles[:, 0, :, :24] == gray).all()
+    for ratio, rows in ((None, 24), (0.5, 16)):             # the model's own ratio, and another
+        tiles, _ = visualize.reconstruct(model, images, noise, mask_ratio=ratio)
+        assert tiles[:, 0, :, rows:].equal(images[:, :, rows:])
+        assert (tiles[:, 0, :, :rows] == gray).all()
 
 
 def test_predictions_are_told_and_drawn_and_wrong_ones_are_marked(runs):
@@ -1523,7 +1529,7 @@ def run_tiny(command: str) -> None:
     if file != "visualize.py" and not {"--resume", "--evaluate"} & set(flags):
         if "--init" not in flags:
             flags += shlex.split("--patch-size 8 --dim 48 --depth 1 --heads 3")
-        for flag, value in (("--labels-per-class", 2), ("--validation", 8), ("--repeat", 2)):
+        for flag, value in (("--labels-per-class", 2), ("--repeat", 2)):
             flags += [flag, value] if flag in flags else []         # a smaller number, if any
         flags += shlex.split("--epochs 1 --batch-size 100 --device cpu --precision fp32 "
                              "--no-compile --threads 1")
