@@ -64,13 +64,14 @@ class Source:
 SOURCES = {                     # another data set in this format needs only an entry here
     "cifar10": Source(
         "CIFAR-10", "cifar-10-batches-bin", tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
-        ("test_batch.bin",), "batches.meta.txt", 10, 1,
-        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        "c32a1d4ab5d03f1284b67883e8d87530"),
+        ("test_batch.bin",), "batches.meta.txt", num_classes=10, label_bytes=1,
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        md5="c32a1d4ab5d03f1284b67883e8d87530"),
     "cifar100": Source(
         "CIFAR-100", "cifar-100-binary", ("train.bin",), ("test.bin",), "fine_label_names.txt",
-        100, 2, "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-        "03b5dce01913d631647c71ecec9e9cb8"),
+        num_classes=100, label_bytes=2,
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+        md5="03b5dce01913d631647c71ecec9e9cb8"),
 }
 DATASETS = (*SOURCES, "shapes", "folder")
 
@@ -222,7 +223,7 @@ def epoch_order(count: int, batch_size: int, generator: torch.Generator) -> Tens
     return order[:steps * batch_size].view(steps, batch_size)
 
 
-AUGMENTATIONS = ("none", "flip", "crop", "color")
+AUGMENTATIONS = ("none", "flip", "crop", "color")           # each one includes those before it
 
 
 def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4) -> Tensor:
@@ -344,8 +345,8 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
 
 def model_settings(model_class: type, settings: dict) -> dict:
     """Those of the settings that are arguments of a class of models. Both use the same names, so a
-    new argument of a model needs only a flag of that name with the same default, which is also what
-    the models of older checkpoints have."""
+    new argument of MAEViT or ViTClassifier needs only a flag of that name with the same default,
+    which is also what the models of older checkpoints have."""
     arguments = inspect.signature(model_class).parameters
     return {name: value for name, value in settings.items() if name in arguments}
 
@@ -363,9 +364,10 @@ def load_model(path: Path | str, kind: str | None = None) -> tuple[nn.Module, di
     """The model of a checkpoint, in eval mode, and the checkpoint. Raises BadInput, OSError."""
     checkpoint = load_checkpoint(path, kind)
     with damaged_if_it_fails(path):
-        weights = checkpoint["model"]
-        model = build_model(checkpoint["kind"], checkpoint["settings"],
-                            len(weights.get("head.bias", ())))
+        weights, settings = checkpoint["model"], dict(checkpoint["settings"])
+        num_classes = len(weights.get("head.bias", ()))
+    model = build_model(checkpoint["kind"], settings, num_classes)
+    with damaged_if_it_fails(path):
         model.load_state_dict(weights)
     return model.eval(), checkpoint
 
@@ -444,7 +446,7 @@ def load_folder(folder: Path, image_size: int, known: list[str] | None) -> Datas
     classes = choose_classes(train, tests, known)
     names = classes or [""]                                 # "": the files in train/ itself
     train, test = split_files(folder, train, tests, names)
-    train = {} if known else train
+    train = train if known is None else {}
     train_images, train_labels, train_files = read_pictures(train, names, image_size)
     test_images, test_labels, test_files = read_pictures(test, names, image_size)
     note_left_out(folder, [train, test, *tests], train_files + test_files)

@@ -42,7 +42,7 @@ class FinetuneSettings(Settings):
                      choices=["cls", "mean"])
     layer_decay: float = flag(0.75, "factor of the learning rate from each layer to the one "
                               "below (1: no decay)", type=FRACTION)
-    patch_dropout: float = flag(0.5, "fraction of the patches that training images lack",
+    patch_dropout: float = flag(0.5, "fraction of the patches left out of each training image",
                                 type=FRACTION)
     whole: float = flag(0.0, "fraction of the epochs, at the end, without PatchDropout",
                         type=FRACTION)
@@ -182,13 +182,14 @@ def finetune(settings: FinetuneSettings, machine: Machine, checkpoint: dict | No
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            if progress.advance() and machine.main:         # this process's part of the loss:
+            if progress.advance() and machine.main:
+                loss = scores[step, 0] * machine.processes  # estimated from this process's share
                 progress.show(f"epoch {epoch}/{settings.epochs}  step {step + 1}/{steps}  "
-                              f"loss {scores[step, 0] * machine.processes:.4f}")
+                              f"loss {loss:.4f}")
         train_loss, train_accuracy = machine.sum(scores).mean(dim=0).tolist()
         images_per_second = steps * settings.batch_size / (time.perf_counter() - began)
         if machine.main:
-            fp32 = epoch == settings.epochs                 # the last one, which is reported
+            fp32 = epoch == settings.epochs                 # the result is that of the last epoch
             test_loss, test_accuracy = evaluate(model, dataset.test_images, dataset.test_labels,
                                                 machine, fp32)
             metrics = {"train_loss": train_loss, "train_accuracy": train_accuracy,
@@ -213,7 +214,7 @@ def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, machine: Machine,
              fp32: bool) -> list[float]:
     """The mean loss and the accuracy in percent of images uint8 (n, 3, H, W) with labels (n,).
-    fp32: in float32, or else in the precision of training."""
+    fp32: compute in float32, whatever the precision of training."""
     model.eval()
     total, size = 0, machine.micro_batch_size
     with machine.autocast(fp32):
@@ -230,7 +231,7 @@ def layers_above(name: str, depth: int) -> int:
     part, *rest = name.split(".")
     if part == "blocks":
         return depth - int(rest[0])
-    return depth + 1 if part in ("patch_embed", "cls_token", "pos_embed") else 0
+    return 0 if part in ("norm", "head") else depth + 1
 
 
 # ------------------------------------------------------------------------------ linear probe

@@ -68,7 +68,7 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
 
 
 def mean_and_std(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and standard deviation of each patch's values: (B, N, 3*p*p) -> 2 x (B, N, 1)."""
+    """The mean and standard deviation of each patch's values: (B, N, 3*p*p) -> two (B, N, 1)."""
     var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (var + 1e-6).sqrt()
 
@@ -81,7 +81,7 @@ def normalize_patches(patches: Tensor) -> Tensor:
 
 
 def denormalize_patches(normalized: Tensor, patches: Tensor) -> Tensor:
-    """The inverse, given the original `patches`: 2 x (B, N, 3*p*p) -> the same shape."""
+    """The inverse, given the original `patches`: (B, N, 3*p*p) each -> the same shape."""
     mean, std = mean_and_std(patches)
     return normalized * std + mean
 
@@ -155,7 +155,7 @@ class Attention(nn.Module):
         return self.qkv(tokens).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
-        """How much each token attends to each other token: (B, h, T, T), rows sum to 1.
+        """How much each token attends to every token: (B, h, T, T), rows sum to 1.
 
         The softmax is in float32: more precise, and on a CPU faster than in bf16 for few tokens.
         """
@@ -329,7 +329,7 @@ class Decoder(nn.Module):
         """Append a mask token for each masked patch and put all tokens back in image order:
         (B, 1 + K, D), (B, N) -> (B, 1 + N, D')."""
         B, N = ids_restore.shape
-        tokens = self.embed(latent)                         # (B, 1 + K, D')
+        tokens = self.embed(latent)                         # (B, 1 + K, D'), in bf16 under autocast
         cls, visible = tokens[:, :1], tokens[:, 1:]         # (B, 1, D'), (B, K, D')
         gaps = self.mask_token.to(tokens.dtype).expand(B, N - visible.shape[1], -1)
         shuffled = torch.cat([visible, gaps], dim=1)        # (B, N, D')

@@ -29,7 +29,7 @@ from datetime import timedelta
 from pathlib import Path
 
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():   # before torch is imported:
-    os.environ["GOMP_SPINCOUNT"] = "5000"   # waiting threads spin briefly, faster on a busy machine
+    os.environ["GOMP_SPINCOUNT"] = "5000"   # idle threads give up their core sooner
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,7 @@ def flag(default, help: str, **options):
     elif type(default) is int:
         options = dict(type=COUNT, metavar="N") | options   # at least 1
     elif type(default) is float:
-        options = dict(metavar="X") | options
+        options = dict(type=float, metavar="X") | options
     return dataclasses.field(default=default, metadata=dict(options, help=help))
 
 
@@ -65,8 +65,8 @@ FRACTION = number(float, 0, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is asked of a run of pretrain.py or finetune.py. Each field but `command` is a flag.
-    `join_machine` decides what "auto" and None mean here."""
+    """The settings of a run, as they were asked for. Each field but `command` is a flag. What
+    "auto" and None mean on a machine stands in `Machine`."""
     recipe: str = flag("laptop", "set of defaults", choices=["laptop", "lunch", "full"])
     dataset: str = flag("auto", "auto: CIFAR-10, or drawn shapes if it cannot be downloaded",
                         choices=["auto", *data.DATASETS])
@@ -191,13 +191,14 @@ def pretrain(settings: PretrainSettings, machine: "Machine", checkpoint: dict | 
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            if progress.advance() and machine.main:         # this process's part of the loss:
+            if progress.advance() and machine.main:
+                loss = losses[step] * machine.processes     # estimated from this process's share
                 progress.show(f"epoch {epoch}/{settings.epochs}  step {step + 1}/{steps}  "
-                              f"loss {losses[step] * machine.processes:.4f}")
+                              f"loss {loss:.4f}")
         train_loss = machine.sum(losses).mean().item()      # over all processes
         images_per_second = steps * settings.batch_size / (time.perf_counter() - began)
         if machine.main:
-            fp32 = epoch == settings.epochs                 # the last one, which is reported
+            fp32 = epoch == settings.epochs                 # the result is that of the last epoch
             test_loss = evaluate(model, test_images, test_noise, machine, fp32)
             metrics = {"loss": train_loss, "test_loss": test_loss}
             refuse_infinite(metrics, epoch)
@@ -220,8 +221,8 @@ def save_picture(run: "Run", epoch: int, model: nn.Module, images: Tensor, noise
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, noise: Tensor, machine: "Machine",
              fp32: bool) -> float:
-    """The mean loss of images uint8 (n, 3, H, W), masked by noise (n, N). fp32: in float32, or else
-    in the precision of training."""
+    """The mean loss of images uint8 (n, 3, H, W), masked by noise (n, N). fp32: compute in float32,
+    whatever the precision of training."""
     model.eval()
     total, size = 0, machine.micro_batch_size
     with machine.autocast(fp32):
@@ -272,8 +273,10 @@ def make_optimizers(model: nn.Module, settings: Settings, machine: "Machine",
     """
     adamw, muon = {}, {}                                    # (decay, scale) -> parameter group
     for name, parameter in model.named_parameters():
-        in_block = "blocks." in name and parameter.ndim == 2
-        groups = muon if settings.optimizer == "muon" and in_block else adamw
+        if not parameter.requires_grad:                     # frozen
+            continue
+        block_matrix = "blocks." in name and parameter.ndim == 2
+        groups = muon if settings.optimizer == "muon" and block_matrix else adamw
         decay, scale = settings.weight_decay if parameter.ndim in (2, 4) else 0.0, lr_scale(name)
         group = groups.setdefault((decay, scale), dict(params=[], weight_decay=decay,
                                                        lr_scale=scale))
@@ -524,7 +527,7 @@ def load_data(settings: Settings, machine: "Machine",
         dataset = data.load_dataset(name[0], *where)
         name = [dataset.name]                               # perhaps "auto" has become "shapes"
     if machine.processes > 1:
-        dist.broadcast_object_list(name)                    # the others wait here
+        dist.broadcast_object_list(name)                    # in place; the others wait here
     if not machine.main:
         dataset = data.load_dataset(name[0], *where)
     if settings.validation:
@@ -540,7 +543,7 @@ def make_model(kind: str, settings: Settings, machine: "Machine",
     torch.manual_seed(settings.seed)
     try:
         model = data.build_model(kind, dataclasses.asdict(settings), num_classes)
-    except (ValueError, TypeError) as error:                # TypeError: from a damaged checkpoint
+    except ValueError as error:
         raise BadInput(f"{error}; see --help for the sizes") from None
     return model.to(machine.device)
 
@@ -580,7 +583,7 @@ def choose_threads(model: nn.Module, settings: Settings, machine: "Machine",
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the settings mean on this machine, and which of its processes this one is."""
+    """The settings of the hardware, with "auto" decided, and which process this is."""
     device: torch.device
     precision: str              # "fp32" or "bf16"
     compile: bool
@@ -616,7 +619,8 @@ class Machine:
     def micro_batches(self, count: int) -> list[tuple[slice, float]]:
         """How this process computes its part of a batch of `count` images: slices of at most a
         micro-batch, and the weight of each. The weights of all processes add up to 1, so the sum of
-        the weighted gradients does not depend on how the batch is divided."""
+        the weighted gradients does not depend on how the batch is divided, if a loss is the mean
+        over its images."""
         begin, end = (count * rank // self.processes for rank in (self.rank, self.rank + 1))
         edges = [*range(begin, end, self.micro_batch_size), end]
         return [(slice(a, b), (b - a) / count) for a, b in itertools.pairwise(edges)]
@@ -624,7 +628,7 @@ class Machine:
     def add_up_gradients(self, model: nn.Module) -> None:
         """Replace the gradients by their sums over all processes."""
         if self.processes > 1:
-            gradients = [parameter.grad for parameter in model.parameters()]
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
             vector_to_parameters(self.sum(parameters_to_vector(gradients)), gradients)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -643,8 +647,8 @@ class Machine:
 def join_machine(settings: Settings) -> Machine:
     """Decide what the settings mean here, and join the other processes if torchrun started several.
     Raises BadInput if the device is missing or cannot do what is asked."""
-    rank, local_rank, processes = (int(os.environ.get(name, default)) for name, default in (
-        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))             # torchrun sets them
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    processes = int(os.environ.get("WORLD_SIZE", 1))        # torchrun sets them
     if processes > settings.batch_size:
         raise BadInput(f"--batch-size {settings.batch_size} is too small for {processes} processes")
     device = find_device(settings.device, local_rank)

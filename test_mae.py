@@ -499,6 +499,17 @@ def read_model(folder: Path | str) -> dict[str, torch.Tensor]:
     return data.load_checkpoint(folder)["model"]
 
 
+def call_before(monkeypatch, owner, name: str, action) -> None:
+    """From now on call action(*args) before each call of owner.name(*args)."""
+    function = getattr(owner, name)
+
+    def both(*args, **options):
+        action(*args, **options)
+        return function(*args, **options)
+
+    monkeypatch.setattr(owner, name, both)
+
+
 def change_checkpoint(folder: Path, **changes) -> None:
     data.save_checkpoint(folder / "checkpoint.pt", data.load_checkpoint(folder) | changes)
 
@@ -700,18 +711,25 @@ def test_a_linear_probe_trains_the_head_alone_and_layer_decay_scales_what_each_l
 def test_labels_are_mixed_and_patches_left_out_if_the_settings_say_so(
         more, mixed, noisy, flags, monkeypatch):
     """In three epochs of six steps: each image is shown twice, the last epoch is whole."""
-    forward, score, noises, targets = ViTClassifier.forward, finetune.score, [], []
-    monkeypatch.setattr(ViTClassifier, "forward", lambda model, images, noise=None: (
-        noises if model.training else []).append(noise) or forward(model, images, noise))
-    monkeypatch.setattr(finetune, "score", lambda logits, labels: (
-        targets if logits.requires_grad else []).append(labels) or score(logits, labels))
+    noises, targets = [], []
+
+    def record_noise(model, images, noise=None):
+        if model.training:
+            noises.append(noise)
+
+    def record_labels(logits, labels):
+        if logits.requires_grad:
+            targets.append(labels)
+
+    call_before(monkeypatch, ViTClassifier, "forward", record_noise)
+    call_before(monkeypatch, finetune, "score", record_labels)
     succeed(finetune, *flags["scratch"], "--epochs", 3, "--whole", 0.34, "--repeat", 2,
             *more.split(), "--out", "run")
     assert len(noises) == len(targets) == 18
     assert [noise is not None for noise in noises] == [True] * noisy + [False] * (18 - noisy)
     assert len({noise.sum().item() for noise in noises[:noisy]}) == noisy
     assert sum(labels.ndim == 2 and (labels < 1).all(1).any().item() for labels in targets) == mixed
-    _, accuracy = score(torch.eye(2), torch.tensor([[0.6, 0.4], [0.3, 0.7]]))
+    _, accuracy = finetune.score(torch.eye(2), torch.tensor([[0.6, 0.4], [0.3, 0.7]]))
     assert accuracy == 100                                  # the larger share of a label counts
     if not mixed:                                           # each image twice
         assert torch.cat(targets[:6]).bincount().tolist() == [20] * 6 + [18] * 4
@@ -759,11 +777,14 @@ def test_a_checkpoint_of_a_better_machine_is_used_here_with_a_note(runs):
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
 def test_a_step_makes_every_tensor_on_the_device_of_the_data(kind, flags, monkeypatch):
     """As a GPU would find out. Here what is made without a device is on `meta` instead."""
-    augment, steps = data.augment, []
-    monkeypatch.setattr(data, "augment", lambda *args: (
-        torch.set_default_device("meta") or augment(*args)))
-    monkeypatch.setattr(pretrain.Machine, "add_up_gradients", lambda *_: (
-        steps.append(torch.set_default_device(None))))
+    steps = []
+
+    def end_step(*_):
+        torch.set_default_device(None)
+        steps.append("done")
+
+    call_before(monkeypatch, data, "augment", lambda *_: torch.set_default_device("meta"))
+    monkeypatch.setattr(pretrain.Machine, "add_up_gradients", end_step)
     try:
         succeed(KINDS[kind], *flags[kind], "--augment", "color", "--epochs", 1,
                 "--micro-batch-size", 20, "--out", "run")
@@ -922,9 +943,8 @@ def test_an_older_run_goes_on_with_a_new_column_in_its_log_and_its_curve(runs):
 @pytest.mark.parametrize("kind", ["pretrain", "finetune", "linear"])
 def test_a_micro_batch_bounds_everything_that_is_computed_at_once(kind, flags, monkeypatch):
     """Training, evaluation and features."""
-    embed, sizes = mae.Encoder.embed, []
-    monkeypatch.setattr(mae.Encoder, "embed",
-                        lambda self, patches: sizes.append(len(patches)) or embed(self, patches))
+    sizes = []
+    call_before(monkeypatch, mae.Encoder, "embed", lambda _, patches: sizes.append(len(patches)))
     succeed(KINDS[kind], *flags[kind], "--micro-batch-size", 7, "--out", "run")
     assert max(sizes) == 7
     sizes.clear()
@@ -962,10 +982,9 @@ def test_an_unknown_setting_of_a_checkpoint_is_named(kind, program, flag, runs):
 
 @pytest.mark.parametrize("name", ["log.csv", "reconstructions/epoch-0001.png"])
 def test_a_log_or_a_picture_that_cannot_be_written_costs_a_note(name, flags, runs, monkeypatch):
-    write, file = data.write_file, Path("run", name)
+    file = Path("run", name)
     refuse = Mock(side_effect=[PermissionError(13, "it is open", str(file))] + [None] * 9)
-    monkeypatch.setattr(data, "write_file", lambda path, content: (
-        path == file and refuse() or write(path, content)))
+    call_before(monkeypatch, data, "write_file", lambda path, _: path == file and refuse())
     status, _, err = run(pretrain, *flags["pretrain"], "--out", "run")
     assert status == 0 and err.splitlines()[1:] == [        # the first note: too few steps
         f"note: {file}: it is open; the run goes on"]
@@ -984,9 +1003,8 @@ def test_a_picture_that_fails_costs_a_note_with_the_traceback(flags, monkeypatch
 
 def test_a_file_that_is_held_for_a_moment_is_replaced_all_the_same(monkeypatch):
     """As a virus scanner holds it on Windows."""
-    replaced = os.replace
-    refused = Mock(side_effect=[PermissionError(13, "held")] * 3 + [None])
-    monkeypatch.setattr(os, "replace", lambda *args: refused() or replaced(*args))
+    held = Mock(side_effect=[PermissionError(13, "held")] * 3 + [None])
+    call_before(monkeypatch, os, "replace", held)
     data.write_file("file", b"new")
     assert snapshot(Path()) == {"file": b"new"}
 

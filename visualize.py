@@ -55,8 +55,8 @@ def draw_reconstruct(args: argparse.Namespace) -> Image.Image:
     inputs = load(args, "pretrain")
     noise = random_noise(inputs.images, inputs.model, args.seed)
     tiles, errors = reconstruct(inputs.model, inputs.images, noise, args.raw, args.mask_ratio)
-    for label, error in zip(inputs.labels, errors.tolist()):
-        print(f"{label}: error {error:.4f}")
+    for name, error in zip(inputs.labels, errors.tolist()):
+        print(f"{name}: error {error:.4f}")
     print(f"mean error of the masked patches, pixels scaled to -1..1: {errors.mean():.4f}")
     caption = inputs.caption + (f" · masked here: {args.mask_ratio:g}" if args.mask_ratio else "")
     caption += " · visible patches not pasted back" if args.raw else ""
@@ -81,9 +81,10 @@ def reconstruct(model: mae.MAEViT, images: Tensor, noise: Tensor, raw: bool = Fa
     images = data.scale(images.to(device))
     patches = model.encoder.patchify(images)                # (B, N, 3*p*p)
     try:
-        _, pred, mask = model(images, noise.to(device), mask_ratio)
-    except ValueError as error:                             # from the mask ratio
+        model.shuffle.count_visible(patches.shape[1], mask_ratio)
+    except ValueError as error:
         raise BadInput(f"{error}: choose another ratio, or smaller patches") from None
+    _, pred, mask = model(images, noise.to(device), mask_ratio)
     pred = to_pixels(model, pred.float(), patches)
     error = ((pred - patches).square().mean(dim=-1) * mask).sum(dim=1) / mask.sum(dim=1)   # (B,)
     masked = mask.unsqueeze(-1).bool()                      # (B, N, 1)
@@ -94,7 +95,7 @@ def reconstruct(model: mae.MAEViT, images: Tensor, noise: Tensor, raw: bool = Fa
 
 
 def to_pixels(model: mae.MAEViT, pred: Tensor, patches: Tensor) -> Tensor:
-    """The prediction as pixels, given the original `patches`: 2 x (B, N, 3*p*p) -> the same."""
+    """The prediction as pixels, given the original `patches`: (B, N, 3*p*p) each."""
     return mae.denormalize_patches(pred, patches) if model.norm_pix_loss else pred
 
 
@@ -169,9 +170,9 @@ def draw_predict(args: argparse.Namespace) -> Image.Image:
     guesses = [[(classes[j], value) for j, value in zip(*best)]
                for best in zip(ids.tolist(), values.tolist())]
     wrong = [truth not in ("", best[0][0]) for truth, best in zip(inputs.truths, guesses)]
-    for label, best, is_wrong in zip(inputs.labels, guesses, wrong):
-        text = ", ".join(f"{name} {100 * value:.1f} %" for name, value in best)
-        print(f"{label}: {text}{' (wrong)' if is_wrong else ''}")
+    for name, best, is_wrong in zip(inputs.labels, guesses, wrong):
+        text = ", ".join(f"{guess} {100 * value:.1f} %" for guess, value in best)
+        print(f"{name}: {text}{' (wrong)' if is_wrong else ''}")
     right = f" · {wrong.count(False)} of {len(wrong)} right"
     right += " · blue: true class, orange: wrong prediction"
     return draw_cards(inputs, guesses, inputs.caption + (right if any(inputs.truths) else ""))
@@ -197,8 +198,8 @@ def draw_curves(args: argparse.Namespace) -> Image.Image:
         settings = {}
         with contextlib.suppress(BadInput, OSError):        # the log alone is enough
             settings = data.load_checkpoint(path)["settings"]
-        label = run_label(path, settings)
-        runs[label if label not in runs else str(path)] = read_log(path)
+        name = run_label(path, settings)
+        runs[name if name not in runs else str(path)] = read_log(path)
     return plot_curves(runs)
 
 
