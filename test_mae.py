@@ -662,15 +662,18 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_weight_has_its_optimizer_and_weight_decay(optimizer):
-    """Weight decay spares biases, norms, tokens and positions. Muon steps matrices of blocks."""
+    """Weight decay spares biases, norms, tokens and positions. Muon steps matrices of blocks. What
+    is frozen has none."""
     model, settings = tiny_mae(), PretrainSettings(optimizer=optimizer)
+    model.encoder.blocks[0].requires_grad_(False)
     machine = pretrain.Machine(torch.device("cpu"), "fp32", False, 8)
     places = [(parameter, type(one).__name__, group["weight_decay"])
               for one in pretrain.make_optimizers(model, settings, machine, betas=(0.9, 0.95))
               for group in one.param_groups for parameter in group["params"]]
     found = {id(parameter): where for parameter, *where in places}
-    assert len(places) == len(found) == len(list(model.parameters()))
-    for name, parameter in model.named_parameters():
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    assert len(places) == len(found) == len(trained)
+    for name, parameter in trained.items():
         matrix = re.search(r"(qkv|proj|fc1|fc2|embed|head)\.weight$", name)
         muon = optimizer == "muon" and re.search(r"blocks\.\d\.(attn|mlp)\.\w+\.weight", name)
         assert found[id(parameter)] == ["Muon" if muon else "AdamW", 0.05 if matrix else 0], name
@@ -1245,9 +1248,11 @@ def test_too_little_memory_is_one_line_and_no_damage(fault, function, runs, monk
     assert_bad_input("error: out of memory", visualize, "ratios", "--checkpoint", runs["pretrain"])
 
 
-def test_a_fault_of_the_program_keeps_its_traceback():
+def test_a_fault_of_the_program_keeps_its_traceback(runs, monkeypatch):
+    """Here one that a reader makes in the model. The checkpoint is not called damaged."""
+    monkeypatch.setattr(mae, "Attention", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError), data.as_program():
-        1 / 0
+        visualize.main(["ratios", "--checkpoint", str(runs["pretrain"])])
 
 
 @pytest.mark.parametrize("damage", [
