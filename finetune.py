@@ -94,40 +94,6 @@ def main(argv: list[str] | None = None) -> None:
     machine.leave()
 
 
-def new_settings(given: dict) -> dict:
-    """The defaults of a new run: its recipe, and the sizes and the data set of its encoder. Raises
-    BadInput, OSError."""
-    init = given.get("init")
-    kind = "linear" if given.get("mode") == "linear" else "finetune" if init else "scratch"
-    defaults = dict(DEFAULTS[kind][given.get("recipe", "laptop")])
-    if kind == "linear":
-        if not init:
-            raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
-        refuse_other(given, PROBE_FIXED, "a linear probe")
-    if init:
-        checkpoint = data.load_checkpoint(init, "pretrain")
-        saved = pretrain.saved_settings(PretrainSettings, checkpoint, init)
-        sizes = data.model_settings(mae.Encoder, saved)
-        refuse_other(given, sizes, f"the encoder of {init}")
-        defaults |= sizes
-        if saved["dataset"] in ("cifar100", "folder"):      # or else CIFAR-10, if it is there
-            defaults |= dict(dataset=saved["dataset"])
-        if given.get("dataset", saved["dataset"]) == saved["dataset"]:
-            defaults |= data_folder(saved, init, given)
-    return defaults | dict(out=pretrain.run_folder(kind, defaults | given))
-
-
-def data_folder(saved: dict, path: str, given: dict) -> dict:
-    """The setting of the data folder of a checkpoint, if it is still there. Raises BadInput if it
-    held pictures and is not."""
-    if os.path.isdir(saved["data_dir"]):
-        return dict(data_dir=saved["data_dir"])
-    if saved["dataset"] == "folder" and "data_dir" not in given:
-        raise BadInput(f"the pictures of {path} were in {saved['data_dir']}, which is not there: "
-                       "name their folder with --data-dir")
-    return {}
-
-
 # ------------------------------------------------------------------------------ fine-tuning
 
 
@@ -318,6 +284,40 @@ def fold_probe(linear: nn.Linear, mean: Tensor, std: Tensor, head: nn.Linear) ->
 
 
 # ------------------------------------------------------------------------------ start and end
+
+
+def new_settings(given: dict) -> dict:
+    """The defaults of a new run: its recipe, and the sizes and the data set of its encoder. Raises
+    BadInput, OSError."""
+    init = given.get("init")
+    kind = "linear" if given.get("mode") == "linear" else "finetune" if init else "scratch"
+    defaults = dict(DEFAULTS[kind][given.get("recipe", "laptop")])
+    if kind == "linear":
+        if not init:
+            raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
+        refuse_other(given, PROBE_FIXED, "a linear probe")
+    if init:
+        checkpoint = data.load_checkpoint(init, "pretrain")
+        saved = pretrain.saved_settings(PretrainSettings, checkpoint, init)
+        sizes = data.model_settings(mae.Encoder, saved)
+        refuse_other(given, sizes, f"the encoder of {init}")
+        defaults |= sizes
+        if saved["dataset"] in ("cifar100", "folder"):      # or else CIFAR-10, if it is there
+            defaults |= dict(dataset=saved["dataset"])
+        if given.get("dataset", saved["dataset"]) == saved["dataset"]:
+            defaults |= data_folder(saved, init, given)
+    return defaults | dict(out=pretrain.run_folder(kind, defaults | given))
+
+
+def data_folder(saved: dict, path: str, given: dict) -> dict:
+    """The setting of the data folder of a checkpoint, if it is still there. Raises BadInput if it
+    held pictures and is not."""
+    if os.path.isdir(saved["data_dir"]):
+        return dict(data_dir=saved["data_dir"])
+    if saved["dataset"] == "folder" and "data_dir" not in given:
+        raise BadInput(f"the pictures of {path} were in {saved['data_dir']}, which is not there: "
+                       "name their folder with --data-dir")
+    return {}
 
 
 def load_labeled_data(settings: FinetuneSettings, machine: Machine) -> data.Dataset:

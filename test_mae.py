@@ -142,7 +142,7 @@ TORCH_NAMES = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj": "attn.pr
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_classifier_computes_what_a_vit_of_torchs_own_layers_computes(pool):
-    """Ours has the names of timm's VisionTransformer."""
+    """With our weights, copied by name."""
     classifier, images = ViTClassifier(tiny_mae().encoder, 5, pool), random_images(3)
     torch.manual_seed(1)
     for parameter in classifier.parameters():               # neither zeros nor ones
@@ -1060,13 +1060,14 @@ def python(*command, env=os.environ) -> subprocess.Popen:
 @posix
 def test_kill_9_costs_an_epoch_at_most_and_ctrl_c_ends_a_program_without_a_traceback(flags, runs):
     for stop, epochs in ((signal.SIGKILL, 3), (signal.SIGINT, 10**6)):
-        process = python(pretrain.__file__, *flags["pretrain"], "--epochs", epochs, "--out", epochs)
+        process = python(pretrain.__file__, *flags["pretrain"], "--epochs", epochs,
+                         "--out", f"run-{epochs}")
         assert any(line.startswith("epoch 1/") for line in process.stdout)  # told without delay
         process.send_signal(stop)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
-    succeed(pretrain, "--resume", "3")
-    assert read_log("3") == read_log(runs["pretrain"])
+    succeed(pretrain, "--resume", "run-3")                  # the one that was killed
+    assert read_log("run-3") == read_log(runs["pretrain"])
 
 
 # ------------------------------------------------------------------------------ several processes

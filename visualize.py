@@ -467,7 +467,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 # ------------------------------------------------------------------------------ layout
 
 # A picture is put together from smaller ones, `beside` each other or `stacked`; `page` adds the
-# title. Lengths are in pixels.
+# title. Lengths are in pixels; plain numbers are distances by eye.
 PORTRAIT, BAR = 192, 308        # `predict`: the widths of an image and of a bar
 TRUE, WRONG, OTHER = (160, 205, 236), (248, 184, 140), FAINT        # its bars
 LARGEST = 1e99                  # `curves`: larger values are not drawn, since sums would overflow
