@@ -205,8 +205,7 @@ def layers_above(name: str, depth: int) -> int:
 
 def probe(settings: FinetuneSettings, machine: Machine, checkpoint: dict | None) -> None:
     """Train a linear layer on the features of a frozen encoder, which are computed once (MAE,
-    section 4.1 and appendix A.1). Several processes all compute the same. The features are
-    normalized with the mean and variance of all training images, in place of the paper's BatchNorm.
+    section 4.1 and appendix A.1). Several processes all compute the same.
 
     checkpoint: the one to resume from, or None.
     """
@@ -225,11 +224,7 @@ def probe(settings: FinetuneSettings, machine: Machine, checkpoint: dict | None)
     steps = max(1, len(dataset.train_images) // settings.batch_size)
     run = Run("classifier", settings, machine, dataset, [], {"model": classifier})
     run.begin(checkpoint, steps)
-    features = compute_features(classifier, dataset.train_images, machine, fp32=False)
-    test_features = compute_features(classifier, dataset.test_images, machine, fp32=True)
-    var, mean = torch.var_mean(features, dim=0, correction=0)               # (D,)
-    std = (var + 1e-6).sqrt()
-    features, test_features = (features - mean) / std, (test_features - mean) / std
+    features, test_features, mean, std = compute_features(classifier, dataset, machine)
 
     progress = data.Progress((settings.epochs - run.epoch) * steps)
     for epoch in range(run.epoch + 1, settings.epochs + 1):
@@ -261,18 +256,28 @@ def probe(settings: FinetuneSettings, machine: Machine, checkpoint: dict | None)
 
 
 @torch.no_grad()
-def compute_features(classifier: mae.ViTClassifier, images: Tensor, machine: Machine,
-                     fp32: bool) -> Tensor:
-    """What the head reads of each image: uint8 (n, 3, H, W) -> (n, D). fp32: in float32, so that
-    the log has the accuracy that --evaluate prints."""
+def compute_features(classifier: mae.ViTClassifier, dataset: data.Dataset, machine: Machine
+                     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The features of the training images (n, D) and of the test images, normalized with the mean
+    and the std (D,) of the training features, in place of the paper's BatchNorm; mean; std. Those
+    of the test images are computed in float32, as --evaluate does."""
     classifier.eval()
-    progress, features = data.Progress(len(images)), []
-    with machine.autocast(fp32):
-        for batch in images.split(machine.micro_batch_size):
-            features.append(classifier.features(data.scale(batch)).float())
-            if progress.advance(len(batch)) and machine.main:
-                progress.show("computing features")
-    return torch.cat(features)
+    progress = data.Progress(sum(dataset.counts()))
+
+    def compute(images: Tensor, fp32: bool) -> Tensor:      # uint8 (n, 3, H, W) -> (n, D)
+        features = []
+        with machine.autocast(fp32):
+            for batch in images.split(machine.micro_batch_size):
+                features.append(classifier.features(data.scale(batch)).float())
+                if progress.advance(len(batch)) and machine.main:
+                    progress.show("computing features")
+        return torch.cat(features)
+
+    features = compute(dataset.train_images, fp32=False)
+    test_features = compute(dataset.test_images, fp32=True)
+    var, mean = torch.var_mean(features, dim=0, correction=0)               # (D,)
+    std = (var + 1e-6).sqrt()
+    return (features - mean) / std, (test_features - mean) / std, mean, std
 
 
 @torch.no_grad()
