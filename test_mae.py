@@ -1416,6 +1416,21 @@ def test_every_picture_is_drawn(command, runs):
         assert len(below.getcolors(1 << 24)) > 20
 
 
+def test_the_tiles_of_a_grid_are_squares_in_rows_and_columns():
+    colors = [(40 * i, 90, 200) for i in range(6)]          # three columns of two tiles
+    tiles = torch.tensor(colors, dtype=torch.uint8).view(3, 2, 3, 1, 1).expand(3, 2, 3, 8, 8)
+    first, *others = (visualize.Column("column", column) for column in tiles)
+    groups = [[first._replace(notes=["a note", "another"]), others[0]], [others[1]]]
+    pixels, corners = np.array(visualize.draw_grid(groups, "Title", "caption")), []
+    for color in colors:
+        y, x = np.nonzero((pixels == color).all(axis=-1))
+        assert len(y) == 320**2 and np.ptp(y) == np.ptp(x) == 319       # a filled square
+        corners.append((x.min(), y.min()))
+    x, y = np.array(corners).reshape(3, 2, 2).transpose(2, 1, 0)        # (rows, columns) each
+    assert (x[0] == x[1]).all() and (np.diff(x[0]) == [326, 350]).all()     # gaps of 6 and 30
+    assert (y.T == y[:, 0]).all() and (np.diff(y[:, 0]) == 360).all()   # room for a note
+
+
 def test_pictures_are_true_if_patches_are_masked_in_another_way():
     """Here the last ones stay visible, whatever the noise says."""
     class FromTheEnd(PatchShuffle):
