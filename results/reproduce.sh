@@ -47,7 +47,7 @@ laptop() {
 lunch() {
     local lunch="--recipe lunch --compile" crop="--augment crop" tuned labels seed few
     both lunch $lunch
-    for seed in 1 2 3; do both lunch-$seed $lunch --seed $seed; done
+    for seed in 1 2 3 4; do both lunch-$seed $lunch --seed $seed; done
     use pretrain-lunch linear-lunch --recipe lunch --mode linear
     use pretrain-lunch finetune-lunch-crop $lunch --epochs 40 $crop
     scratch scratch-lunch-69-mix $lunch --epochs 69 --whole 0.06 $crop --mix
