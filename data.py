@@ -353,11 +353,15 @@ def model_settings(model_class: type, settings: dict) -> dict:
 
 def build_model(kind: str, settings: dict, num_classes: int = 10) -> nn.Module:
     """A new MAEViT ("pretrain") or ViTClassifier ("classifier"), as the settings say. Raises
-    ValueError if they do not fit together."""
-    if kind == "pretrain":
-        return mae.MAEViT(**model_settings(mae.MAEViT, settings))
-    encoder = mae.Encoder(**model_settings(mae.Encoder, settings))
-    return mae.ViTClassifier(encoder, num_classes, **model_settings(mae.ViTClassifier, settings))
+    BadInput if they do not fit together."""
+    try:
+        if kind == "pretrain":
+            return mae.MAEViT(**model_settings(mae.MAEViT, settings))
+        encoder = mae.Encoder(**model_settings(mae.Encoder, settings))
+        return mae.ViTClassifier(encoder, num_classes,
+                                 **model_settings(mae.ViTClassifier, settings))
+    except ValueError as error:
+        raise BadInput(f"{error}; see --help for the sizes") from None
 
 
 def load_model(path: Path | str, kind: str | None = None) -> tuple[nn.Module, dict]:

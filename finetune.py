@@ -99,10 +99,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def finetune(settings: FinetuneSettings, machine: Machine, checkpoint: dict | None) -> None:
     """Train all weights with labels, from a pre-trained encoder or from scratch (MAE, section 4 and
-    appendix A.1).
-
-    checkpoint: the one to resume from, or None.
-    """
+    appendix A.1). checkpoint: the one to resume from, or None."""
     dataset = load_labeled_data(settings, machine)
     model = pretrain.make_model("classifier", settings, machine, len(dataset.classes))
     if settings.init and not checkpoint:
@@ -166,10 +163,8 @@ def finetune(settings: FinetuneSettings, machine: Machine, checkpoint: dict | No
 
 
 def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The cross-entropy () and the accuracy in percent () of logits (B, classes).
-
-    labels: (B,), or (B, classes) as probabilities, of which the largest counts for the accuracy.
-    """
+    """The cross-entropy () and the accuracy in percent () of logits (B, classes). labels: (B,), or
+    (B, classes) as probabilities, of which the largest counts for the accuracy."""
     logits = logits.float()
     loss = F.cross_entropy(logits, labels)
     labels = labels if labels.ndim == 1 else labels.argmax(dim=1)
@@ -191,13 +186,13 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, machine: Machine,
 
 
 def layers_above(name: str, depth: int) -> int:
-    """How many layers of a ViT are above that of a parameter: 0 for norm and head, 1 for the last
-    block, `depth` for the first block, depth + 1 for the embeddings. For the layer-wise decay of
-    the learning rate (Clark et al. 2020, arXiv 2003.10555; MAE, table 9)."""
+    """How many layers of a ViT are above that of a parameter: 0 for norm, head and what is new, 1
+    for the last block, `depth` for the first block, depth + 1 for the embeddings. For the layer-
+    wise decay of the learning rate (Clark et al. 2020, arXiv 2003.10555; MAE, table 9)."""
     part, *rest = name.split(".")
     if part == "blocks":
         return depth - int(rest[0])
-    return 0 if part in ("norm", "head") else depth + 1
+    return depth + 1 if part in ("patch_embed", "cls_token", "pos_embed") else 0
 
 
 # ------------------------------------------------------------------------------ linear probe
@@ -205,10 +200,8 @@ def layers_above(name: str, depth: int) -> int:
 
 def probe(settings: FinetuneSettings, machine: Machine, checkpoint: dict | None) -> None:
     """Train a linear layer on the features of a frozen encoder, which are computed once (MAE,
-    section 4.1 and appendix A.1). Several processes all compute the same.
-
-    checkpoint: the one to resume from, or None.
-    """
+    section 4.1 and appendix A.1). Several processes all compute the same. checkpoint: the one to
+    resume from, or None."""
     dataset = load_labeled_data(settings, machine)
     classifier = pretrain.make_model("classifier", settings, machine, len(dataset.classes))
     classifier.requires_grad_(False)                        # frozen

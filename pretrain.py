@@ -152,10 +152,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def pretrain(settings: PretrainSettings, machine: "Machine", checkpoint: dict | None) -> None:
     """Hide most of each training image, predict it, and keep a run folder while doing so (MAE,
-    section 3 and appendix A.1).
-
-    checkpoint: the one to resume from, or None. Raises BadInput if the loss is not finite.
-    """
+    section 3 and appendix A.1). checkpoint: the one to resume from, or None. Raises BadInput if the
+    loss is not finite."""
     dataset = load_data(settings, machine)
     model = make_model("pretrain", settings, machine)
     optimizers = make_optimizers(model, settings, machine, betas=(0.9, 0.95))   # MAE, table 8
@@ -329,11 +327,9 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(matrices: Tensor) -> Tensor:
     """About U V^T of each matrix U S V^T, by products alone: (n, r, c) -> the same shape and dtype.
-
     The matrices are divided by their norms. Each of five steps (Newton-Schulz; Jordan et al. 2024)
     takes a singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. In the end those that began above
-    0.0015 are between 0.68 and 1.21.
-    """
+    0.0015 are between 0.68 and 1.21."""
     if matrices.shape[1] > matrices.shape[2]:               # X^T X is smaller than X X^T
         return orthogonalize(matrices.mT.contiguous()).mT
     x = matrices / (matrices.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(matrices.dtype)
@@ -373,10 +369,8 @@ class Run:
 
     def begin(self, checkpoint: dict | None, steps: int) -> None:
         """Restore the run from its checkpoint, if there is one, and write a checkpoint, so that the
-        run can be resumed from now on, with these settings.
-
-        steps: optimizer steps per epoch. Raises BadInput if the checkpoint does not fit.
-        """
+        run can be resumed from now on, with these settings. steps: optimizer steps per epoch.
+        Raises BadInput if the checkpoint does not fit."""
         self.row_began = time.perf_counter()
         if checkpoint:
             self.restore(checkpoint)
@@ -449,11 +443,8 @@ class Run:
 
     def end_epoch(self, metrics: dict[str, float], images_per_second: float,
                   left: timedelta) -> None:
-        """Log and print an epoch, and write a checkpoint if it is due.
-
-        metrics: losses and accuracies; images_per_second: in training alone; left: the time to the
-        end.
-        """
+        """Log and print an epoch, and write a checkpoint if it is due. metrics: losses and
+        accuracies; images_per_second: in training alone; left: the time to the end."""
         epoch, epochs, now = self.epoch + 1, self.settings.epochs, time.perf_counter()
         values = metrics | {"lr": learning_rate(self.settings, epoch)}      # at the epoch's end
         rounded = {name: float(f"{value:.7g}") for name, value in values.items()}
@@ -492,7 +483,7 @@ def write_log(path: Path, log: list[dict]) -> None:
 
 
 def write_config(path: Path, settings: dict, machine: "Machine") -> None:
-    """config.json: everything needed to repeat the run. For people; no program reads it."""
+    """config.json: everything needed to repeat the run, for people and for results/."""
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     commit = None
     with contextlib.suppress(OSError):                      # git is not installed
@@ -541,10 +532,7 @@ def make_model(kind: str, settings: Settings, machine: "Machine",
                num_classes: int = 10) -> nn.Module:
     """A new model, its weights fixed by the seed. Raises BadInput if its sizes do not fit."""
     torch.manual_seed(settings.seed)
-    try:
-        model = data.build_model(kind, dataclasses.asdict(settings), num_classes)
-    except ValueError as error:
-        raise BadInput(f"{error}; see --help for the sizes") from None
+    model = data.build_model(kind, dataclasses.asdict(settings), num_classes)
     return model.to(machine.device)
 
 
