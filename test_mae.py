@@ -1052,7 +1052,9 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint(runs):
 
 
 def python(*command, env=os.environ) -> subprocess.Popen:
-    """A program as a user would start it, with pipes."""
+    """A program as a user would start it, with pipes. Ctrl-C reaches it even if these tests run in
+    the background, where shells ignore it for all that is started there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen([sys.executable, *map(str, command)], text=True, env={
         **env, "PYTHONPATH": str(HERE)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
