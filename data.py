@@ -102,8 +102,8 @@ class Dataset:
 
     def limited(self, count: int) -> "Dataset":
         """The first `count` training images, and at most as many test images. Raises BadInput if
-        there are fewer training images."""
-        if count > len(self.train_images):
+        there are fewer training images; there may be none at all, if they were not read."""
+        if 0 < len(self.train_images) < count:
             raise BadInput(f"--limit {count}: only {len(self.train_images):,} training images of "
                            f"{self.title} are in use")
         return dataclasses.replace(self.subset(slice(count)), test_images=self.test_images[:count],
@@ -130,6 +130,16 @@ class Dataset:
                 raise BadInput(f"--labels-per-class {per_class}: only {len(ids)} of the "
                                f"{len(labels):,} training images in use are of class {name}")
         return self.subset(torch.tensor(sorted(i for ids in by_class for i in ids[:per_class])))
+
+    def refuse_other_classes(self, path: Path | str, classes: list[str]) -> None:
+        """Raises BadInput if the classes of a checkpoint are not those of the data set, in order.
+        Numbers, which stand in for CIFAR's names if their file is missing, count as the same."""
+        names = [str(label) for label in range(len(classes))] if self.name in SOURCES else None
+        if len(classes) != len(self.classes) or (
+                classes != self.classes and names not in (classes, self.classes)):
+            raise BadInput(f"{path} has the classes {', '.join(classes)}, but {self.title} has "
+                           f"{', '.join(self.classes)}: name the right data set with --dataset or "
+                           "--data-dir")
 
 
 NO_CIFAR = """
@@ -163,6 +173,13 @@ def load_dataset(name: str, data_dir: Path | str, image_size: int = SIDE,
             raise
         tell(NO_CIFAR.format(line="!" * 90, reason=failure))
         return make_shapes()
+
+
+def find_folder(name: str, settings: dict) -> str:
+    """The --data-dir of a data set: for that of the checkpoint, its settings say so. But CIFAR may
+    have been elsewhere, on another machine; then it is in data/."""
+    own = settings.get("data_dir", "data") if name == settings["dataset"] else "data"
+    return own if name not in SOURCES or Path(own, SOURCES[name].folder).exists() else "data"
 
 
 def load_cifar(name: str, data_dir: Path) -> Dataset:
@@ -230,8 +247,10 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4)
     """Change images at random. kind: "none"; "flip"; "crop" for flips and shifted crops; "color"
     for flips, shifted crops and color jitter. images uint8 (B, 3, H, W) -> the same shape, as
     floats after color jitter. A crop shifts by up to `pad` pixels in each direction and fills the
-    margin with the mirror image. Flip and crop are one indexing operation."""
-    if kind == "none":
+    margin with the mirror image. Flip and crop are one indexing operation. Raises ValueError if
+    there is no such kind."""
+    kinds = AUGMENTATIONS[:AUGMENTATIONS.index(kind) + 1]
+    if "flip" not in kinds:
         return images
     B, _, H, W = images.shape
     device = images.device
@@ -239,7 +258,7 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4)
     columns = torch.arange(W, device=device).expand(B, W)   # (B, W)
     flip = torch.rand(B, 1, generator=generator, device=device) < 0.5
     columns = torch.where(flip, W - 1 - columns, columns)
-    if kind in ("crop", "color"):
+    if "crop" in kinds:
         shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator, device=device)
         rows, columns = rows + shift[0], columns + shift[1]
     rows = (H - 1) - ((H - 1) - rows.abs()).abs()           # mirrored: -1 -> 1, H -> H - 2
@@ -247,7 +266,7 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4)
     batch = torch.arange(B, device=device)[:, None, None]
     images = images[batch, :, rows[:, :, None], columns[:, None, :]]    # (B, H, W, 3)
     images = images.permute(0, 3, 1, 2)                     # (B, 3, H, W)
-    return color_jitter(images, generator) if kind == "color" else images
+    return color_jitter(images, generator) if "color" in kinds else images
 
 
 def color_jitter(images: Tensor, generator: torch.Generator, strength: float = 0.4) -> Tensor:
@@ -445,7 +464,9 @@ def load_folder(folder: Path, image_size: int, known: list[str] | None) -> Datas
     """Pictures of any size in train/CLASS/ and in val/CLASS/ or test/CLASS/, cut square and
     resized. Without class folders, those in train/ itself have no labels. A note counts the files
     left out. known: the classes of a classifier, if only the test images are needed. Then train/
-    may be missing, and its pictures are not read."""
+    may be missing, and its pictures are not read. Raises BadInput, OSError."""
+    if not folder.is_dir():
+        raise BadInput(f"there is no folder {folder}: name that of the pictures with --data-dir")
     train, *tests = [find_files(folder / part) for part in ("train", "val", "test")]
     classes = choose_classes(train, tests, known)
     names = classes or [""]                                 # "": the files in train/ itself
@@ -523,7 +544,7 @@ def read_pictures(groups: dict, names: list[str], size: int) -> tuple[Tensor, Te
             return read_image(pair[0], size)
 
     done = []
-    with ThreadPool() as pool:                              # Pillow decodes without Python's lock
+    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:   # Pillow decodes without Python's lock
         for pair, image in zip(pairs, pool.imap(read, pairs)):
             if image is not None:
                 images[len(done)] = image

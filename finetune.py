@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         defaults = evaluation_settings(given)
     elif "resume" in given:
         defaults, checkpoint = pretrain.resumed_settings(FinetuneSettings, "classifier", given)
+        if defaults["mode"] == "linear":
+            refuse_other(given, PROBE_FIXED, "a linear probe")
     else:
         defaults = new_settings(given)
     settings = pretrain.make_settings(parser, FinetuneSettings, defaults, given)
@@ -300,22 +302,11 @@ def new_settings(given: dict) -> dict:
         sizes = data.model_settings(mae.Encoder, saved)
         refuse_other(given, sizes, f"the encoder of {init}")
         defaults |= sizes
-        if saved["dataset"] in ("cifar100", "folder"):      # or else CIFAR-10, if it is there
+        name = given.get("dataset", saved["dataset"])
+        defaults |= dict(data_dir=data.find_folder(name, saved))
+        if saved["dataset"] not in ("cifar10", "shapes"):   # or else CIFAR-10, if it is there
             defaults |= dict(dataset=saved["dataset"])
-        if given.get("dataset", saved["dataset"]) == saved["dataset"]:
-            defaults |= data_folder(saved, init, given)
     return defaults | dict(out=pretrain.run_folder(kind, defaults | given))
-
-
-def data_folder(saved: dict, path: str, given: dict) -> dict:
-    """The setting of the data folder of a checkpoint, if it is still there. Raises BadInput if it
-    held pictures and is not."""
-    if os.path.isdir(saved["data_dir"]):
-        return dict(data_dir=saved["data_dir"])
-    if saved["dataset"] == "folder" and "data_dir" not in given:
-        raise BadInput(f"the pictures of {path} were in {saved['data_dir']}, which is not there: "
-                       "name their folder with --data-dir")
-    return {}
 
 
 def load_labeled_data(settings: FinetuneSettings, machine: Machine) -> data.Dataset:
@@ -358,14 +349,15 @@ def evaluation_settings(given: dict) -> dict:
     checkpoint = data.load_checkpoint(path, "classifier")
     saved = pretrain.saved_settings(FinetuneSettings, checkpoint, path)
     kept = {name: saved[name] for name in ("dataset", "image_size", "batch_size")}
-    return kept | data_folder(saved, path, given) | dict(precision="fp32", compile=False)
+    folder = data.find_folder(given.get("dataset", saved["dataset"]), saved)
+    return kept | dict(data_dir=folder, precision="fp32", compile=False)
 
 
 def evaluate_classifier(path: str, settings: FinetuneSettings, machine: Machine) -> None:
     """Print the test accuracy of a saved classifier. Raises BadInput, OSError."""
     model, checkpoint = data.load_model(path, "classifier")
     dataset = pretrain.load_data(settings, machine, checkpoint["classes"])
-    pretrain.refuse_other_classes(path, checkpoint["classes"], dataset)
+    dataset.refuse_other_classes(path, checkpoint["classes"])
     trained_on = checkpoint["settings"]["dataset"]
     if dataset.name != trained_on:
         note(f"it was trained on {trained_on}, not on {dataset.name}")

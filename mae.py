@@ -387,14 +387,14 @@ class MAEViT(nn.Module):
 
 
 class ViTClassifier(Encoder):
-    """A copy of an encoder with a linear head. The parameters have the names and shapes that timm's
-    VisionTransformer gives them.
+    """An encoder with the sizes and weights of another one, and a linear head. The parameters have
+    the names and shapes that timm's VisionTransformer gives them.
 
     pool: the head reads the encoded class token ("cls"), or the mean over the encoded patches
     ("mean"; MAE, appendix A.1). patch_dropout: if noise is given, as in training, this share of the
     patches is dropped (PatchDropout, Liu et al. 2022, arXiv 2208.07220), which is faster and
     regularizes. Without noise no patch is dropped. Raises ValueError if the pool is unknown or the
-    dropout leaves no patch.
+    dropout leaves no patch or drops none.
     """
 
     def __init__(self, encoder: Encoder, num_classes: int = 10, pool: str = "cls",

@@ -308,7 +308,8 @@ class Muon(torch.optim.Optimizer):
         by_shape = {}                                       # matrices of one shape go together
         for group in self.param_groups:
             for matrix in group["params"]:
-                by_shape.setdefault(matrix.shape, []).append((matrix, group))
+                if matrix.grad is not None:
+                    by_shape.setdefault(matrix.shape, []).append((matrix, group))
         for shape, members in by_shape.items():
             momenta = [self.momentum(matrix) for matrix, _ in members]
             directions = orthogonalize(torch.stack(momenta).to(self.dtype)).float()
@@ -375,6 +376,9 @@ class Run:
         if checkpoint:
             self.restore(checkpoint)
         if self.machine.main:
+            if not checkpoint:                              # fails if another run is there by now
+                self.out.mkdir(parents=True, exist_ok=True)
+                (self.out / "config.json").open("x").close()
             self.save()
             with data.note_if_it_fails():
                 write_log(self.out / "log.csv", self.log)
@@ -418,7 +422,7 @@ class Run:
         if images != self.dataset.counts():
             raise BadInput(f"{self.out} was trained and tested on {images} images, not on "
                            f"{self.dataset.counts()}: name the folder of its data with --data-dir")
-        refuse_other_classes(path, checkpoint["classes"], self.dataset)
+        self.dataset.refuse_other_classes(path, checkpoint["classes"])
         if changes:
             note(f"changed since the last checkpoint: {', '.join(changes)}")
 
@@ -492,17 +496,6 @@ def write_config(path: Path, settings: dict, machine: "Machine") -> None:
               "processes": machine.processes, "commit": commit,
               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     data.write_file(path, (json.dumps(config, indent=2) + "\n").encode())
-
-
-def refuse_other_classes(path: Path | str, classes: list[str], dataset: data.Dataset) -> None:
-    """Raises BadInput if the classes of a checkpoint are not those of the data set, in order.
-    Numbers, which stand in for CIFAR's names if their file is missing, count as the same."""
-    numbers = [str(label) for label in range(len(classes))]
-    if len(classes) != len(dataset.classes) or (
-            classes != dataset.classes and numbers not in (classes, dataset.classes)):
-        raise BadInput(f"{path} has the classes {', '.join(classes)}, but {dataset.title} has "
-                       f"{', '.join(dataset.classes)}: name the right data set with --dataset or "
-                       "--data-dir")
 
 
 # ------------------------------------------------------------------------------ data and model
@@ -756,7 +749,7 @@ def make_settings(parser: data.Parser, settings_class: type, defaults: dict,
         sys.exit(0)
     if not {"resume", "evaluate"} & given.keys() and any(Path(settings.out).glob("[!.]*")):
         free = next(path for i in itertools.count(2)
-                    if not os.path.lexists(path := f"{settings.out}-{i}"))
+                    if not os.path.lexists(path := f"{Path(settings.out)}-{i}"))
         raise BadInput(f"{settings.out} already holds files: to continue that run, "
                        f"{shell_line('python', parser.prog, '--resume', settings.out)}; to start "
                        f"another one, add {shell_line('--out', free)}")
@@ -782,12 +775,12 @@ def resumed_settings(settings_class: type, kind: str, given: dict) -> tuple[dict
     """For --resume: the settings of a run, and its checkpoint. Raises BadInput if a flag is given
     that may not change; OSError."""
     path = Path(given["resume"])
-    checkpoint = data.load_checkpoint(path, kind)
-    if "optimizers" not in checkpoint:
-        raise BadInput(f"{path} has weights alone, which cannot be resumed: name a run folder with "
-                       "its checkpoint.pt")
     out = path if path.is_dir() else path.parent            # its checkpoint may be named, too
-    own = saved_settings(settings_class, checkpoint, out / "checkpoint.pt") | {"out": str(out)}
+    checkpoint = data.load_checkpoint(path, kind)
+    if "optimizers" not in checkpoint or path not in (out, out / "checkpoint.pt"):
+        raise BadInput(f"{path} cannot be resumed: name the folder of a run with a checkpoint.pt")
+    own = saved_settings(settings_class, checkpoint, out / "checkpoint.pt")
+    own |= dict(out=str(out), data_dir=data.find_folder(own["dataset"], own))
     given.pop("command")                                    # the run keeps its first one
     refuse_other(given, {name: own[name] for name in own.keys() - MAY_CHANGE}, f"the run in {out}")
     epochs, done = given.get("epochs", own["epochs"]), len(checkpoint["log"])

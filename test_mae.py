@@ -294,6 +294,8 @@ def test_augmentation_flips_and_shifts_whole_images():
             seen.append(way)
         assert len(set(seen)) >= least                      # of 1, 2 and 162 ways
         assert sum(flip for *_, flip in seen) in (range(150, 250) if kind != "none" else [0])
+    with pytest.raises(ValueError):
+        data.augment(images, "crops", generator)
 
 
 def test_color_jitter_is_a_saturation_a_contrast_and_a_brightness_of_each_image():
@@ -429,9 +431,10 @@ def test_a_classifier_refuses_other_classes_and_is_tested_without_training_pictu
     assert_bad_input("but pictures has pear, 狗", finetune, "--evaluate", out)
     (folder / "test" / "pear").rename(folder / "test" / "apple")
     assert succeed(finetune, "--evaluate", out) == answer
+    assert " 4 test images" in succeed(finetune, "--evaluate", out, "--limit", 4)
     folder.rename("moved")
-    assert_bad_input(f"the pictures of run were in {folder.absolute()}, which is not there: name "
-                     "their folder with --data-dir", finetune, "--evaluate", out)
+    assert_bad_input(f"there is no folder {folder.absolute()}: name that of the pictures with "
+                     "--data-dir", finetune, "--evaluate", out)
 
 
 def test_pictures_alone_are_for_pretraining_and_a_tenth_of_them_is_held_out(
@@ -688,6 +691,7 @@ def test_muon_steps_as_that_of_torch_does(shape):
     optimizers = [pretrain.Muon([{"params": [ours], "lr": 0.01, "weight_decay": 0.5}]),
                   torch.optim.Muon([theirs], lr=0.02, weight_decay=0.25,
                                    adjust_lr_fn="match_rms_adamw")]
+    optimizers[0].step()                                    # without a gradient: nothing happens
     for _ in range(4):
         ours.grad = torch.randn(shape, generator=generator)
         theirs.grad = ours.grad.clone()
@@ -826,6 +830,21 @@ def test_cuda_computes_what_the_cpu_does(runs, flags):
 # ------------------------------------------------------------------------------ interruption
 
 
+def test_two_runs_that_begin_at_the_same_time_do_not_share_a_folder(flags, runs, monkeypatch):
+    """The second one begins and ends while the first one reads its data."""
+    load = pretrain.load_data
+
+    def load_after_another(*args):
+        monkeypatch.setattr(pretrain, "load_data", load)
+        succeed(pretrain, *flags["pretrain"], "--out", "run")
+        return load(*args)
+
+    monkeypatch.setattr(pretrain, "load_data", load_after_another)
+    status, _, err = run(pretrain, *flags["pretrain"], "--seed", 1, "--out", "run")
+    assert status == 2 and err.endswith(f"error: {Path('run/config.json')}: File exists\n")
+    assert_same_run(Path("run"), runs["pretrain"])
+
+
 class Killed(BaseException):
     """Nothing in the programs catches it."""
 
@@ -890,6 +909,20 @@ def test_a_run_may_be_compiled_or_in_bf16_and_name_its_data_from_elsewhere(
     images = data.load_dataset("cifar10", data_dir).test_images
     loss, _, _ = model(data.scale(images), visualize.random_noise(images, model, seed=0))
     assert checkpoint["log"][-1]["test_loss"] == pytest.approx(loss.item(), abs=1e-6)   # in fp32
+
+
+def test_cifar_may_have_moved_to_data_and_a_data_set_may_be_new(runs, data_dir, monkeypatch):
+    os.symlink(data_dir, "data")
+    Path("emptied").mkdir()
+    for kind in ("pretrain", "finetune"):
+        out = shutil.copytree(runs[kind], Path(kind))
+        change_checkpoint(out, settings=read_settings(out) | {"data_dir": os.path.abspath("emptied")})
+        succeed(KINDS[kind], "--resume", out, "--epochs", 4)
+        assert read_settings(out)["data_dir"] == os.path.abspath("data")
+    assert "test accuracy" in succeed(finetune, "--evaluate", "finetune")
+    monkeypatch.setitem(data.SOURCES, "mine", data.SOURCES["cifar10"])
+    change_checkpoint(Path("pretrain"), settings=read_settings("pretrain") | {"dataset": "mine"})
+    assert "(default: mine)" in succeed(finetune, "--init", "pretrain", "--help")
 
 
 def test_another_optimizer_can_be_resumed(flags, monkeypatch):
@@ -1145,8 +1178,13 @@ BAD_INPUT = [
     (finetune, "--mode linear", "--mode linear needs --init"),
     (finetune, "--mode linear --init {runs}/pretrain --mix", "--mix is False for a linear probe"),
     (finetune, "--evaluate {runs}/finetune --epochs 9", "--epochs has no effect on --evaluate"),
-    (finetune, "--evaluate {runs}/finetune --dataset cifar100", "but CIFAR-100 has 0, 1, 2, 3, 4"),
-    (pretrain, "--resume {weights}/pretrain.pt", "has weights alone, which cannot be resumed"),
+    (finetune, "--evaluate {runs}/finetune --dataset cifar100 --data-dir {data}",
+     "but CIFAR-100 has 0, 1, 2, 3, 4"),
+    (pretrain, "--resume {weights}/pretrain.pt", "pretrain.pt cannot be resumed: name the folder"),
+    (pretrain, "--resume {runs}/pretrain/weights.pt", "weights.pt cannot be resumed: name the"),
+    (finetune, "--resume {runs}/linear --compile", "--compile is False for a linear probe"),
+    (visualize, "predict --checkpoint {runs}/finetune --dataset shapes", "but shapes has disc"),
+    (visualize, "architecture --checkpoint {runs}/pretrain --count 2", "only one image"),
     (visualize, "--out x.jpg", "must end in .png"),
     (visualize, "reconstruct x.png --out x.png", "is one of the pictures to read"),
     (visualize, "attention --checkpoint {runs}/pretrain --block 3", "--block 3: the encoder has 1"),
@@ -1431,6 +1469,15 @@ def test_the_tiles_of_a_grid_are_squares_in_rows_and_columns():
     x, y = np.array(corners).reshape(3, 2, 2).transpose(2, 1, 0)        # (rows, columns) each
     assert (x[0] == x[1]).all() and (np.diff(x[0]) == [326, 350]).all()     # gaps of 6 and 30
     assert (y.T == y[:, 0]).all() and (np.diff(y[:, 0]) == 360).all()   # room for a note
+
+
+def test_large_images_are_drawn_smaller_to_fit_the_page():
+    model, image = tiny_mae(image_size=512, patch_size=64), torch.zeros(3, 512, 512).byte()
+    tiles, _ = visualize.reconstruct(model, image[None].expand(3, -1, -1, -1), random_noise(3, 64))
+    assert visualize.draw_triples(tiles, "title", "caption").width <= visualize.WIDTH
+    for _, content, *_ in visualize.make_stages(model, image, random_noise(1, 64)):
+        if torch.is_tensor(content):
+            assert max(visualize.mosaic(content, visualize.STAGE).size) <= visualize.STAGE
 
 
 def test_pictures_are_true_if_patches_are_masked_in_another_way():

@@ -277,7 +277,9 @@ SLATE = torch.tensor([150, 172, 205], dtype=torch.uint8)[:, None, None]         
 def draw_architecture(args: argparse.Namespace) -> Image.Image:
     """An image on its way through the model, with the shapes of a batch (MAE, figure 1)."""
     inputs = load(args, "pretrain")
-    noise = random_noise(inputs.images[:1], inputs.model, args.seed)
+    if len(inputs.images) > 1:
+        raise BadInput("only one image can be drawn on its way: give one file or one index")
+    noise = random_noise(inputs.images, inputs.model, args.seed)
     stages = make_stages(inputs.model, inputs.images[0], noise)
     return draw_flow(stages, "A masked autoencoder, step by step", inputs.caption)
 
@@ -375,7 +377,7 @@ def load(args: argparse.Namespace, kind: str | None = None) -> Inputs:
     if files and (args.indices or args.dataset):
         raise BadInput("give either image files or --dataset and --indices, not both")
     name, size = args.dataset or settings["dataset"], getattr(model, "encoder", model).image_size
-    folder = args.data_dir or find_folder(name, settings)
+    folder = args.data_dir or Path(data.find_folder(name, settings))
     needed = folder / (data.SOURCES[name].folder if name in data.SOURCES else "")
     if not (files or args.dataset or name == "shapes" or needed.exists()):
         files = sorted((HERE / "assets" / "examples").glob("*.png"))[:args.count]
@@ -391,17 +393,13 @@ def load(args: argparse.Namespace, kind: str | None = None) -> Inputs:
     if max(chosen) >= len(dataset.test_images):
         raise BadInput(f"image {max(chosen)}: the test images of {dataset.title} are numbered 0 to "
                        f"{len(dataset.test_images) - 1}; see --indices")
-    truths = [dataset.classes[dataset.test_labels[i]] if dataset.classes else "" for i in chosen]
+    if kind == "classifier":
+        dataset.refuse_other_classes(args.checkpoint, checkpoint["classes"])
+    classes = checkpoint["classes"] if kind == "classifier" else dataset.classes
+    truths = [classes[dataset.test_labels[i]] if classes else "" for i in chosen]
     labels = [f"{i} {truth}".rstrip() for i, truth in zip(chosen, truths)]
     return Inputs(model, checkpoint, dataset.test_images[chosen], labels, truths,
                   f"{dataset.title} test images · {caption}")
-
-
-def find_folder(name: str, settings: dict) -> Path:
-    """Where a data set is: for that of the checkpoint, its settings say so. But the weights may be
-    from another machine: CIFAR is in data/ if it is not there."""
-    own = Path(settings.get("data_dir", "data") if name == settings["dataset"] else "data")
-    return Path("data") if name in data.SOURCES and not own.is_dir() else own
 
 
 def load_run(path: Path, kind: str | None = None) -> tuple[nn.Module, dict, str]:
@@ -488,8 +486,7 @@ def draw_grid(groups: list[list[Column]], title: str, caption: str, scale: str =
     columns = [column for group in groups for column in group]
     texts = [text for column in columns for text in (column.heading, *column.notes)]
     room = WIDTH - 2 * MARGIN - GAP * len(columns) - 4 * GAP * (len(groups) - 1)
-    side = columns[0].tiles.shape[-1]                       # of an image, then of a drawn tile:
-    side *= max(1, min(320, room // len(columns)) // side)  # each pixel becomes a square
+    side = drawn_width(columns[0].tiles, min(320, room // len(columns)))
     width = max(side, min(176, math.ceil(max(map(text_width, texts)))))
     has_notes = any(column.notes for column in columns)
 
@@ -761,6 +758,12 @@ class Canvas:
                                   round(SHARP * y - larger.height / 2)))
 
 
+def drawn_width(images: Tensor, room: int) -> int:
+    """How wide to draw images (..., H, W): each pixel becomes a square, if there is room for it."""
+    W = images.shape[-1]
+    return max(1, room // W * W or room)
+
+
 def enlarge(pixels: Tensor, width: int, outline: tuple[int, int, int] | None = None) -> Image.Image:
     """uint8 (3, H, W) as a picture `width` pixels wide. Enlarged pixels are sharp squares. outline:
     y, x and side of a square to outline, in pixels of the image."""
@@ -786,9 +789,8 @@ def heat(values: Tensor) -> Tensor:
 
 def mosaic(images: Tensor, size: int) -> Image.Image:
     """Small square images, uint8 (M, 3, h, h), in rows, enlarged to about size x size pixels."""
-    columns, gap, side = math.isqrt(len(images)), 2, images.shape[-1]
-    rows = math.ceil(len(images) / columns)
-    side *= max(1, (size // rows - gap) // side)            # each pixel becomes a square
+    columns, gap = math.isqrt(len(images)), 2
+    side = drawn_width(images, size // math.ceil(len(images) / columns) - gap)
     return table([enlarge(image, side) for image in images], columns, gap, gap)
 
 
