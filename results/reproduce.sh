@@ -4,7 +4,7 @@
 #     laptop               the recipe `laptop`, the exercises, 20 + 20 epochs
 #     lunch                the recipe `lunch`, training from scratch, few labels
 #     wider                the wider network, with small batches and (for a GPU) with larger ones
-#     collect [NAME ...]   runs.csv (NOTE="Zen 4": with a note), logs/, and weights/ of those named
+#     collect [NAME ...]   where runs were made: runs.csv (NOTE="...": a note), logs/, weights/ of those named
 #     pictures             assets/, from these and from runs/pretrain-pixels
 #
 # Called again, it skips what is done and resumes what was stopped. To try it at a tiny size:
