@@ -327,7 +327,7 @@ def make_stages(model: mae.MAEViT, image: Tensor, noise: Tensor) -> list["Stage"
               "without class token"),
         Stage("prediction", cut(to_pixels(model, pred, patches)), "visible: no loss", shape(pred),
               "compare with"),
-        Stage("original", original, "each patch normalized" if model.norm_pix_loss else
+        Stage("original", original, "normalized patches" if model.norm_pix_loss else
               "every patch", shape(patches), "mean squared error"),
         Stage("error per patch", colors.masked_fill(~masked, HIDDEN), "gray: visible, no loss",
               shape(mask), "mean over masked"),
