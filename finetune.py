@@ -210,7 +210,7 @@ def probe(settings: FinetuneSettings, machine: Machine, checkpoint: dict | None)
     if not checkpoint:
         load_encoder(classifier, settings, dataset)
     elif checkpoint["epoch"] < settings.epochs:
-        checkpoint["log"] = []                              # it starts over, which takes a minute
+        checkpoint["log"] = []                              # it starts over, in a few minutes
     head = nn.Linear(classifier.dim, len(dataset.classes), device=machine.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -253,9 +253,9 @@ def probe(settings: FinetuneSettings, machine: Machine, checkpoint: dict | None)
 @torch.no_grad()
 def compute_features(classifier: mae.ViTClassifier, dataset: data.Dataset, machine: Machine
                      ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The features of the training images (n, D) and of the test images, normalized with the mean
-    and the std (D,) of the training features, in place of the paper's BatchNorm; mean; std. Those
-    of the test images are computed in float32, as --evaluate does."""
+    """The features (n, D) of the training images and of the test images, normalized as the paper's
+    BatchNorm does, with the mean and the std of the training features; then these two, (D,) each.
+    Test features are computed in float32, as --evaluate does."""
     classifier.eval()
     progress = data.Progress(sum(dataset.counts()))
 

@@ -223,7 +223,7 @@ def sine_cosine(N: int, D: int) -> Tensor:
     then of its column (Vaswani et al. 2017, arXiv 1706.03762, section 3.5; MAE, appendix A.1).
 
     The original frequencies, made for long texts, fall from 1 to 1/10,000. Ours fall from 1 to
-    1/side (side: patches in a row), since slower waves hardly change from patch to patch.
+    about 1/side (side: patches in a row), since slower waves hardly change from patch to patch.
     """
     side, waves = math.isqrt(N), D // 4
     frequencies = side ** (-torch.arange(waves) / max(waves, 1))    # (D/4,)
@@ -236,8 +236,8 @@ def sine_cosine(N: int, D: int) -> Tensor:
 
 
 def initialize(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases (MAE, appendix A.1); tokens from a normal
-    distribution with standard deviation 0.02, as in the authors' code."""
+    """Xavier-uniform weights and zero biases (MAE, appendix A.1); class and mask tokens
+    from a normal distribution with standard deviation 0.02, as in the authors' code."""
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(layer.weight.flatten(1))    # the convolution as a linear layer
@@ -394,7 +394,7 @@ class ViTClassifier(Encoder):
     ("mean"; MAE, appendix A.1). patch_dropout: if noise is given, as in training, this share of the
     patches is dropped (PatchDropout, Liu et al. 2022, arXiv 2208.07220), which is faster and
     regularizes. Without noise no patch is dropped. Raises ValueError if the pool is unknown or the
-    dropout leaves no patch or drops none.
+    dropout is not 0 and leaves no patch or drops none.
     """
 
     def __init__(self, encoder: Encoder, num_classes: int = 10, pool: str = "cls",

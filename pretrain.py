@@ -65,8 +65,8 @@ FRACTION = number(float, 0, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of a run, as they were asked for. Each field but `command` is a flag. What
-    "auto" and None mean on a machine stands in `Machine`."""
+    """The settings of a run, as they were asked for. Each field but `command` is a flag. "auto" and
+    None of device, precision, compile and micro-batch size are decided in `join_machine`."""
     recipe: str = flag("laptop", "set of defaults", choices=["laptop", "lunch", "full"])
     dataset: str = flag("auto", "auto: CIFAR-10, or drawn shapes if it cannot be downloaded",
                         choices=["auto", *data.DATASETS])
@@ -91,9 +91,9 @@ class Settings:
     dim: int = flag(128, "width of the encoder")
     depth: int = flag(6, "blocks of the encoder")
     heads: int = flag(8, "attention heads of the encoder")
-    augment: str = flag("crop", "flip: half of the images are mirrored; crop: also shifted by up "
-                        "to 4 pixels; color: also color jitter (saturation, contrast, brightness)",
-                        choices=data.AUGMENTATIONS)
+    augment: str = flag("crop", "none; flip: half of the images are mirrored; crop: also shifted "
+                        "by up to 4 pixels; color: also color jitter (saturation, contrast, "
+                        "brightness)", choices=data.AUGMENTATIONS)
     seed: int = flag(0, "random seed of weights, order, augmentation, masks, labels used",
                      type=number(int, 0, 2**32 - 1))
     device: str = flag("auto", "auto: cuda if available, else cpu",
@@ -265,9 +265,9 @@ def make_optimizers(model: nn.Module, settings: Settings, machine: "Machine",
                     ) -> list[torch.optim.Optimizer]:
     """AdamW and, if the settings say so, Muon for the matrices inside the blocks.
 
-    No weight decay for biases and LayerNorms (1 dimension), tokens and position embeddings (3),
-    only for matrices (2) and the patch embedding (4). lr_scale(name) is the factor of a parameter's
-    learning rate, which is set at every step.
+    Weight decay is for matrices (2 dimensions) and the patch embedding (4), not for biases and
+    LayerNorms (1), tokens and position embeddings (3). lr_scale(name) is the factor of a
+    parameter's learning rate, which is set at every step.
     """
     adamw, muon = {}, {}                                    # (decay, scale) -> parameter group
     for name, parameter in model.named_parameters():

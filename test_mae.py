@@ -916,7 +916,8 @@ def test_cifar_may_have_moved_to_data_and_a_data_set_may_be_new(runs, data_dir, 
     Path("emptied").mkdir()
     for kind in ("pretrain", "finetune"):
         out = shutil.copytree(runs[kind], Path(kind))
-        change_checkpoint(out, settings=read_settings(out) | {"data_dir": os.path.abspath("emptied")})
+        moved = {"data_dir": os.path.abspath("emptied")}
+        change_checkpoint(out, settings=read_settings(out) | moved)
         succeed(KINDS[kind], "--resume", out, "--epochs", 4)
         assert read_settings(out)["data_dir"] == os.path.abspath("data")
     assert "test accuracy" in succeed(finetune, "--evaluate", "finetune")
