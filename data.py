@@ -526,7 +526,7 @@ def note_left_out(folder: Path, parts: list[dict], used: list[Path]) -> None:
     left_out = present.difference(used)
     if left_out:
         note(f"{len(left_out):,} of {len(present):,} files in {folder} are left out: they cannot "
-             "be read as pictures or are not in the folder of a class, for example "
+             "be read as pictures, are in no folder of a class, or in test beside val, for example "
              f"{min(left_out).relative_to(folder)}")
 
 
@@ -693,7 +693,7 @@ def one_line(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if is_out_of_memory(error):
-        return "out of memory: choose a smaller --micro-batch-size or a larger --patch-size"
+        return "out of memory: try a smaller --micro-batch-size or --image-size or larger patches"
     return None
 
 
