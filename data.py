@@ -31,6 +31,7 @@ import time
 import traceback
 import urllib.request
 import warnings
+import zipfile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -179,7 +180,11 @@ def find_folder(name: str, settings: dict) -> str:
     """The --data-dir of a data set: for that of the checkpoint, its settings say so. But CIFAR may
     have been elsewhere, on another machine; then it is in data/."""
     own = settings.get("data_dir", "data") if name == settings["dataset"] else "data"
-    return own if name not in SOURCES or Path(own, SOURCES[name].folder).exists() else "data"
+    if name not in SOURCES or Path(own, SOURCES[name].folder).exists():
+        return own
+    if os.path.abspath(own) != os.path.abspath("data"):
+        note(f"{SOURCES[name].title} is not in {own}: looking in data")
+    return "data"
 
 
 def load_cifar(name: str, data_dir: Path) -> Dataset:
@@ -352,6 +357,9 @@ def load_checkpoint(path: Path | str, kind: str | None = None) -> dict:
         path = next((file for file in files if file.exists()), files[0])
     content = io.BytesIO(path.read_bytes())
     with damaged_if_it_fails(path), warnings.catch_warnings(action="ignore"):
+        if changed := zipfile.ZipFile(content).testzip():   # torch does not look at checksums
+            raise ValueError(f"{changed} has a wrong checksum")
+        content.seek(0)
         checkpoint = torch.load(content, map_location="cpu", weights_only=True)
         version, kind_found = checkpoint["version"], PROGRAMS[checkpoint["kind"]]
     if version != CHECKPOINT_VERSION:

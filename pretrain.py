@@ -376,9 +376,13 @@ class Run:
         if checkpoint:
             self.restore(checkpoint)
         if self.machine.main:
-            if not checkpoint:                              # fails if another run is there by now
+            if not checkpoint:
                 self.out.mkdir(parents=True, exist_ok=True)
-                (self.out / "config.json").open("x").close()
+                try:
+                    (self.out / "config.json").open("x").close()
+                except FileExistsError:                     # it was free when the program started
+                    raise BadInput(f"another run has just begun in {self.out}: name another folder "
+                                   "with --out") from None
             self.save()
             with data.note_if_it_fails():
                 write_log(self.out / "log.csv", self.log)
@@ -403,7 +407,8 @@ class Run:
         if self.epoch >= settings.epochs:
             print(f"finished   all {self.epoch} epochs are done; a larger --epochs goes on")
         elif steps * settings.epochs < 100:
-            larger = "--repeat" if getattr(settings, "mode", "") == "finetune" else "--epochs"
+            new_classifier = getattr(settings, "mode", "") == "finetune" and not self.log
+            larger = "--repeat" if new_classifier else "--epochs"
             note(f"steps in all: {steps * settings.epochs}, too few to learn much; raise {larger}")
         sys.stdout.flush()
 
