@@ -135,9 +135,9 @@ class Dataset:
     def refuse_other_classes(self, path: Path | str, classes: list[str]) -> None:
         """Raises BadInput if the classes of a checkpoint are not those of the data set, in order.
         Numbers, which stand in for CIFAR's names if their file is missing, count as the same."""
-        names = [str(label) for label in range(len(classes))] if self.name in SOURCES else None
+        numbers = [str(label) for label in range(len(classes))] if self.name in SOURCES else None
         if len(classes) != len(self.classes) or (
-                classes != self.classes and names not in (classes, self.classes)):
+                classes != self.classes and numbers not in (classes, self.classes)):
             raise BadInput(f"{path} has the classes {', '.join(classes)}, but {self.title} has "
                            f"{', '.join(self.classes)}: name the right data set with --dataset or "
                            "--data-dir")
@@ -254,7 +254,7 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int = 4)
     floats after color jitter. A crop shifts by up to `pad` pixels in each direction and fills the
     margin with the mirror image. Flip and crop are one indexing operation. Raises ValueError if
     there is no such kind."""
-    kinds = AUGMENTATIONS[:AUGMENTATIONS.index(kind) + 1]
+    kinds = AUGMENTATIONS[:AUGMENTATIONS.index(kind) + 1]   # with those before it
     if "flip" not in kinds:
         return images
     B, _, H, W = images.shape

@@ -81,11 +81,11 @@ def main(argv: list[str] | None = None) -> None:
         defaults = evaluation_settings(given)
     elif "resume" in given:
         defaults, checkpoint = pretrain.resumed_settings(FinetuneSettings, "classifier", given)
-        if defaults["mode"] == "linear":
-            refuse_other(given, PROBE_FIXED, "a linear probe")
     else:
         defaults = new_settings(given)
     settings = pretrain.make_settings(parser, FinetuneSettings, defaults, given)
+    if settings.mode == "linear":
+        refuse_other(given, PROBE_FIXED, "a linear probe")
     machine = pretrain.join_machine(settings)
     if "evaluate" in given:
         evaluate_classifier(given["evaluate"], settings, machine)
@@ -292,10 +292,8 @@ def new_settings(given: dict) -> dict:
     init = given.get("init")
     kind = "linear" if given.get("mode") == "linear" else "finetune" if init else "scratch"
     defaults = dict(DEFAULTS[kind][given.get("recipe", "laptop")])
-    if kind == "linear":
-        if not init:
-            raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
-        refuse_other(given, PROBE_FIXED, "a linear probe")
+    if kind == "linear" and not init:
+        raise BadInput("--mode linear needs --init CHECKPOINT: there is no encoder to probe")
     if init:
         checkpoint = data.load_checkpoint(init, "pretrain")
         saved = pretrain.saved_settings(PretrainSettings, checkpoint, init)

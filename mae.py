@@ -236,8 +236,8 @@ def sine_cosine(N: int, D: int) -> Tensor:
 
 
 def initialize(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases (MAE, appendix A.1); class and mask tokens
-    from a normal distribution with standard deviation 0.02, as in the authors' code."""
+    """Xavier-uniform weights and zero biases (MAE, appendix A.1); class and mask tokens from a
+    normal distribution with standard deviation 0.02, as in the authors' code."""
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(layer.weight.flatten(1))    # the convolution as a linear layer

@@ -327,7 +327,7 @@ def make_stages(model: mae.MAEViT, image: Tensor, noise: Tensor) -> list["Stage"
               "without class token"),
         Stage("prediction", cut(to_pixels(model, pred, patches)), "visible: no loss", shape(pred),
               "compare with"),
-        Stage("original", original, "normalized patches" if model.norm_pix_loss else
+        Stage("original", original, "normalized first" if model.norm_pix_loss else
               "every patch", shape(patches), "mean squared error"),
         Stage("error per patch", colors.masked_fill(~masked, HIDDEN), "gray: visible, no loss",
               shape(mask), "mean over masked"),
@@ -393,9 +393,10 @@ def load(args: argparse.Namespace, kind: str | None = None) -> Inputs:
     if max(chosen) >= len(dataset.test_images):
         raise BadInput(f"image {max(chosen)}: the test images of {dataset.title} are numbered 0 to "
                        f"{len(dataset.test_images) - 1}; see --indices")
+    classes = dataset.classes
     if kind == "classifier":
-        dataset.refuse_other_classes(args.checkpoint, checkpoint["classes"])
-    classes = checkpoint["classes"] if kind == "classifier" else dataset.classes
+        classes = checkpoint["classes"]                     # as it names them
+        dataset.refuse_other_classes(args.checkpoint, classes)
     truths = [classes[dataset.test_labels[i]] if classes else "" for i in chosen]
     labels = [f"{i} {truth}".rstrip() for i, truth in zip(chosen, truths)]
     return Inputs(model, checkpoint, dataset.test_images[chosen], labels, truths,
